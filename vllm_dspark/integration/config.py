@@ -1,0 +1,149 @@
+"""Decides whether a vLLM configuration is ours, validates it, and sets our classes.
+
+Runs inside ``VllmConfig.__post_init__`` (see ``patches``), so every user error
+below is raised before the engine starts.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+from vllm_dspark.config import (
+    DrafterConfig,
+    DSparkOptions,
+    resolve_num_speculative_tokens,
+)
+from vllm_dspark.integration import compat
+from vllm_dspark.model import checkpoint
+from vllm_dspark.model.fit import TargetFacts, check_fit
+
+WORKER_CLS = "vllm_dspark.integration.worker.DSparkCPUWorker"
+WORKER_CLS_GPU = "vllm_dspark.integration.worker.DSparkGPUWorker"
+SCHEDULER_CLS = "vllm_dspark.integration.scheduler.DSparkScheduler"
+# What vLLM's platforms put there when the user named no worker class.
+_STOCK_WORKERS = {
+    "auto": None,
+    "vllm.v1.worker.cpu_worker.CPUWorker": WORKER_CLS,
+    "vllm.v1.worker.gpu_worker.Worker": WORKER_CLS_GPU,
+}
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether this speculative config runs on our worker (not on vLLM's V2 DSpark)."""
+    if speculative_config is None or speculative_config.method != "dspark":
+        return False
+    parallel = getattr(speculative_config, "target_parallel_config", None)
+    return getattr(parallel, "worker_cls", None) in (WORKER_CLS, WORKER_CLS_GPU)
+
+
+def options(vllm_config: Any) -> DSparkOptions:
+    """``additional_config["dspark"]`` as validated options.
+
+    Raises:
+        ValueError: an unknown key or a bad value.
+    """
+    extra = vllm_config.additional_config
+    raw = extra.get("dspark") if isinstance(extra, dict) else None
+    return DSparkOptions.from_dict(raw or {})
+
+
+def activate(vllm_config: Any) -> None:
+    """Make a V1 configuration with method ``dspark`` run on our worker.
+
+    Idempotent: vLLM re-validates copies of its configuration.
+
+    Raises:
+        ValueError: this vLLM lacks a symbol we need; a bad option or checkpoint; a
+            drafter that does not fit the target; a feature we cannot serve; a
+            worker or scheduler class of the user's that is not ours.
+    """
+    compat.require()
+    options(vllm_config)
+    _refuse_unsupported(vllm_config)
+    _validate_drafter(vllm_config)
+    _set_worker(vllm_config.parallel_config)
+    _set_scheduler(vllm_config.scheduler_config)
+
+
+def _refuse_unsupported(vllm_config: Any) -> None:
+    spec = vllm_config.speculative_config
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "method 'dspark' on vLLM's V1 runner does not support pipeline "
+            f"parallelism (pipeline_parallel_size="
+            f"{vllm_config.parallel_config.pipeline_parallel_size}); use tensor "
+            "parallelism instead"
+        )
+    if spec.rejection_sample_method != "standard":
+        raise ValueError(
+            f"rejection_sample_method={spec.rejection_sample_method!r} is not served "
+            "by vllm-dspark on the V1 runner; use 'standard'"
+        )
+    if spec.disable_padded_drafter_batch:
+        raise ValueError(
+            "disable_padded_drafter_batch=True has no meaning for method 'dspark'; "
+            "remove it"
+        )
+    if vllm_config.model_config.is_multimodal_model:
+        raise ValueError(
+            "vllm-dspark on the V1 runner drafts for text-only targets; "
+            f"{vllm_config.model_config.model} is multimodal"
+        )
+
+
+def _validate_drafter(vllm_config: Any) -> None:
+    spec = vllm_config.speculative_config
+    path = spec.model
+    if path is None or not os.path.isdir(path):
+        raise ValueError(
+            f"speculative_config.model={path!r} is not a folder; give the path of a "
+            "DSpark drafter (config.json + model.safetensors)"
+        )
+    config = _checked_config(path, _fingerprint(path))
+    target = TargetFacts.from_hf_config(
+        vllm_config.model_config.hf_text_config.to_dict()
+    )
+    check_fit(config, target)
+    resolve_num_speculative_tokens(spec.num_speculative_tokens, config.block_size)
+
+
+def _fingerprint(path: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the folder's files: a cheap cache key."""
+    with os.scandir(path) as entries:
+        rows = [(e.name, e.stat()) for e in entries if e.is_file()]
+    return tuple(sorted((name, st.st_size, st.st_mtime_ns) for name, st in rows))
+
+
+@lru_cache(maxsize=8)
+def _checked_config(path: str, fingerprint: object) -> DrafterConfig:
+    """Configuration of a checkpoint whose headers are sound (once per state)."""
+    del fingerprint
+    checkpoint.check_checkpoint(path)
+    return checkpoint.load_config(path)
+
+
+def _set_worker(parallel: Any) -> None:
+    if parallel.worker_cls in (WORKER_CLS, WORKER_CLS_GPU):
+        return
+    if parallel.worker_cls not in _STOCK_WORKERS:
+        raise ValueError(
+            f"--worker-cls {parallel.worker_cls!r} does not go with method 'dspark': "
+            f"leave it out, or subclass {WORKER_CLS!r} and name the subclass "
+            "in a fork of this plugin"
+        )
+    ours = _STOCK_WORKERS[parallel.worker_cls]
+    if ours is not None:
+        parallel.worker_cls = ours
+
+
+def _set_scheduler(scheduler: Any) -> None:
+    if scheduler.scheduler_cls == SCHEDULER_CLS:
+        return
+    if scheduler.scheduler_cls is not None:
+        raise ValueError(
+            f"--scheduler-cls {scheduler.scheduler_cls!r} does not go with method "
+            f"'dspark', which needs {SCHEDULER_CLS!r}: leave it out"
+        )
+    scheduler.scheduler_cls = SCHEDULER_CLS

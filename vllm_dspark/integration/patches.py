@@ -1,0 +1,120 @@
+"""The functions of vLLM that the plugin replaces: few, idempotent, each with a reason.
+
+Every wrapper calls vLLM's own function and returns its result unchanged unless the
+speculative method is ``dspark`` and the runner is V1.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("vllm_dspark")
+
+_MARK = "__vllm_dspark_original__"
+
+
+def wrap_once(owner: Any, name: str, make: Callable[[Any], Any]) -> bool:
+    """Replace ``owner.name`` by ``make(original)``; False when that is done already.
+
+    ``functools.wraps`` keeps name and docstring, so vLLM's logs and tracebacks read
+    as before; the original stays reachable for tests and for :func:`uninstall`.
+    """
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return False
+    wrapper = functools.wraps(original)(make(original))
+    setattr(wrapper, _MARK, original)
+    setattr(owner, name, wrapper)
+    return True
+
+
+def unwrap(owner: Any, name: str) -> bool:
+    """Undo :func:`wrap_once`; False when there is nothing to undo."""
+    original = getattr(getattr(owner, name), _MARK, None)
+    if original is None:
+        return False
+    setattr(owner, name, original)
+    return True
+
+
+def _allow_dspark_on_v1(original: Any) -> Any:
+    """``VllmConfig._get_v1_model_runner_unsupported_features``.
+
+    Symptom: "Model Runner V1 does not support: dspark speculative decoding".
+    Cause: vLLM's DSpark exists for its V2 runner only. This is also the one place
+    that vLLM reaches exactly when it has decided on the V1 runner, so the plugin
+    validates and configures itself here, before an engine starts.
+    Remove when: vLLM gives plugins a hook for speculative methods on V1.
+    """
+
+    def unsupported_features(self: Any) -> list[str]:
+        unsupported: list[str] = original(self)
+        spec = self.speculative_config
+        if spec is None or spec.method != "dspark":
+            return unsupported
+        from vllm_dspark.integration import config
+
+        config.activate(self)
+        return [f for f in unsupported if f != "dspark speculative decoding"]
+
+    return unsupported_features
+
+
+def _allow_min_p_and_logit_bias(original: Any) -> Any:
+    """``SamplingParams._validate_spec_decode``.
+
+    Symptom: requests with min_p or logit_bias get an error with speculation on.
+    Cause: vLLM's V1 rejection sampler ignores both. Ours applies them to every
+    verified row, so nothing has to be refused.
+    Remove when: vLLM's V1 rejection sampler applies min_p and logit_bias.
+    """
+
+    def validate(self: Any, speculative_config: Any) -> None:
+        from vllm_dspark.integration import config
+
+        if speculative_config is not None and config.is_ours(speculative_config):
+            return
+        original(self, speculative_config)
+
+    return validate
+
+
+def _targets() -> list[tuple[Any, str, Callable[[Any], Any]]]:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+    return [
+        (
+            VllmConfig,
+            "_get_v1_model_runner_unsupported_features",
+            _allow_dspark_on_v1,
+        ),
+        (SamplingParams, "_validate_spec_decode", _allow_min_p_and_logit_bias),
+    ]
+
+
+def install() -> None:
+    """Install every patch that this vLLM has a place for.
+
+    Nothing is refused here: whether this vLLM is one the plugin supports is judged
+    by ``compat.require`` when a configuration asks for DSpark on the V1 runner.
+    """
+    for owner, name, make in _targets():
+        if hasattr(owner, name):
+            wrap_once(owner, name, make)
+        else:
+            logger.warning(
+                "vllm-dspark stays inactive: this vLLM has no %s.%s "
+                "(`vllm-dspark check` lists what is missing)",
+                owner.__name__,
+                name,
+            )
+
+
+def uninstall() -> None:
+    """Put vLLM's own functions back (for tests)."""
+    for owner, name, _ in _targets():
+        unwrap(owner, name)

@@ -1,0 +1,270 @@
+"""vLLM's V1 model runner with DSpark drafting and verification.
+
+What differs from vLLM's: the drafter, the hidden states it taps, the sampler of steps
+with drafts or seeds, and what is handed to the scheduler's process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessors,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_dspark.integration import uniforms
+from vllm_dspark.integration.config import options
+from vllm_dspark.integration.proposer import Drafted, DSparkProposer, StepTokens
+from vllm_dspark.integration.sampler import (
+    DraftProbs,
+    DSparkRejectionSampler,
+    RequestKeys,
+)
+from vllm_dspark.integration.scheduler import DSparkDraftTokenIds
+from vllm_dspark.types import DraftBlock
+
+_PROCESSORS = (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
+
+
+class DSparkRunnerMixin:
+    """Overrides shared by the CPU and the GPU V1 runner."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        # vLLM builds an EagleProposer for "dspark" here; it is replaced below.
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        self.drafter = DSparkProposer(vllm_config, device, self)
+        self.use_aux_hidden_state_outputs = True
+        self.rejection_sampler = DSparkRejectionSampler(
+            self.sampler, options(vllm_config).backend
+        )
+        # With speculation vLLM leaves out min-p and logit bias; our sampler applies
+        # them to every row, so they are put back.
+        self.input_batch.logitsprocs = LogitsProcessors(
+            cls(vllm_config, device, PIN_MEMORY) for cls in _PROCESSORS
+        )
+        self._drafted: Drafted | None = None
+        self._drafted_req_ids: list[str] = []
+        # Drafts not verified yet: request id → (block, row in it).
+        self._pending: dict[str, tuple[DraftBlock, int]] = {}
+
+    def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...]:
+        """vLLM numbers a layer's input, DeepSpec its output: one more."""
+        return tuple(i + 1 for i in self.drafter.drafter.target_layer_ids)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """Always: one long request must not stop drafting, and writing context K/V,
+        for the whole batch. The proposer leaves out the requests without room."""
+        return common_attn_metadata is not None
+
+    # ---- verification ----
+
+    def _sample(
+        self,
+        logits: torch.Tensor | None,
+        spec_decode_metadata: SpecDecodeMetadata | None,
+    ) -> SamplerOutput:
+        seeds = self._seeds()
+        if spec_decode_metadata is None:
+            if not any(seed is not None for seed in seeds):
+                return super()._sample(logits, None)  # type: ignore[misc]
+            spec_decode_metadata = _no_drafts(len(seeds), self.device)
+        # Our random numbers are keyed by seed and position. vLLM would rewind these
+        # generators after a discarded sample, which kills the engine on CPU.
+        self.input_batch.generators.clear()
+        n = self.input_batch.num_reqs
+        keys = RequestKeys(seeds, self.input_batch.num_tokens_no_spec[:n].copy())
+        return self.rejection_sampler(
+            spec_decode_metadata,
+            self._draft_probs_of(spec_decode_metadata),
+            logits,
+            self.input_batch.sampling_metadata,
+            keys,
+        )
+
+    def _seeds(self) -> list[int | None]:
+        params = (self.requests[r].sampling_params for r in self.input_batch.req_ids)
+        return [p.seed if p is not None else None for p in params]
+
+    def _draft_probs_of(self, metadata: SpecDecodeMetadata) -> DraftProbs | None:
+        """Distributions of the drafts being verified, in the order of the batch.
+
+        Usually all come from the step before; a request that was not scheduled in
+        between still has its drafts, and their distributions, from an earlier one.
+        """
+        pieces: dict[int, tuple[DraftBlock, list[int], list[int]]] = {}
+        counts = metadata.num_draft_tokens
+        for i, (req_id, n) in enumerate(
+            zip(self.input_batch.req_ids, counts, strict=True)
+        ):
+            if n == 0:
+                continue
+            block, row = self._pending[req_id]
+            if block.draft_probs is None:
+                return None
+            piece = pieces.setdefault(id(block), (block, [], []))
+            piece[1].append(i)
+            piece[2].append(row)
+        return _gather_probs(list(pieces.values()), np.asarray(counts))
+
+    # ---- drafting ----
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        spec_decode_metadata: SpecDecodeMetadata | None,
+        common_attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> torch.Tensor:
+        assert aux_hidden_states is not None
+        n = scheduler_output.total_num_scheduled_tokens
+        num_drafts = scheduler_output.num_spec_tokens_to_schedule
+        self._drafted = self.drafter.step(
+            self._step_tokens(
+                sampled_token_ids, common_attn_metadata, spec_decode_metadata
+            ),
+            [h[:n] for h in aux_hidden_states],
+            self._get_positions(n),
+            common_attn_metadata,
+            None if sampling_metadata.all_greedy else sampling_metadata.temperature,
+            self._draft_uniforms,
+            num_drafts,
+        )
+        self._drafted_req_ids = self.input_batch.req_ids.copy()
+        self._update_pending(scheduler_output.finished_req_ids)
+        # Only its type and width are looked at; the drafts travel in ``_drafted``.
+        return sampled_token_ids.new_empty((len(self._drafted_req_ids), num_drafts))
+
+    def _step_tokens(
+        self,
+        sampled_token_ids: torch.Tensor,
+        attention: Any,
+        verified: SpecDecodeMetadata | None,
+    ) -> StepTokens:
+        """Anchors and final rows of the step that has just been sampled."""
+        n = self.input_batch.num_reqs
+        query_start = attention.query_start_loc_cpu[: n + 1].numpy()
+        sampled = sampled_token_ids.cpu().numpy()
+        emitted = (sampled != PLACEHOLDER_TOKEN_ID).sum(axis=1)
+        drafting = ~self.discard_request_mask.np[:n]
+        anchors = sampled[np.arange(n), np.maximum(emitted - 1, 0)]
+        # Scheduled rows: context, then ℓ drafts. Of ℓ drafts emitted−1 were accepted.
+        drafts = np.zeros(n, dtype=np.int64)
+        if verified is not None:
+            drafts = np.asarray(verified.num_draft_tokens, dtype=np.int64)
+        rejected = np.where(drafting, drafts + 1 - emitted, 0)
+        return StepTokens(
+            query_start=query_start,
+            num_valid=np.diff(query_start) - rejected,
+            anchors=anchors,
+            drafting=drafting,
+        )
+
+    def _update_pending(self, finished_req_ids: set[str]) -> None:
+        for req_id in (*self._drafted_req_ids, *finished_req_ids):
+            self._pending.pop(req_id, None)
+        if self._drafted is not None:
+            for i, row in enumerate(self._drafted.rows.tolist()):
+                self._pending[self._drafted_req_ids[row]] = (self._drafted.block, i)
+
+    def _draft_uniforms(
+        self, rows: np.ndarray, anchor_positions: np.ndarray, k: int
+    ) -> torch.Tensor:
+        """[n, k] uniforms for drafts k = 1.. after the anchors of ``rows``."""
+        numbers = uniforms.unseeded(len(rows) * k)
+        at = (anchor_positions[:, None] + 1 + np.arange(k)).ravel()
+        owner = np.repeat(rows, k)
+        uniforms.fill(numbers, self._seeds(), owner, at, uniforms.DRAFT)
+        return torch.from_numpy(numbers.reshape(len(rows), k))
+
+    # ---- to the scheduler's process ----
+
+    def _copy_draft_token_ids_to_cpu(
+        self, scheduler_output: Any, zeros_only: bool = False
+    ) -> None:
+        """Nothing: ``take_draft_token_ids`` reads the drafts themselves."""
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        drafted, req_ids = self._drafted, self._drafted_req_ids
+        if not req_ids:
+            return None
+        tokens: list[list[int]] = [[] for _ in req_ids]
+        confidences = None
+        if drafted is not None:
+            block = drafted.block
+            drafts, finite = block.token_ids.tolist(), block.finite.tolist()
+            for i, row in enumerate(drafted.rows.tolist()):
+                if finite[i]:
+                    tokens[row] = drafts[i]
+            if block.confidence is not None:
+                confidences = np.zeros((len(req_ids), block.token_ids.shape[1]), "f4")
+                confidences[drafted.rows] = block.confidence.cpu().numpy()
+        return DSparkDraftTokenIds(req_ids, tokens, confidences)
+
+
+def _gather_probs(
+    pieces: list[tuple[DraftBlock, list[int], list[int]]], counts: np.ndarray
+) -> DraftProbs | None:
+    """Rows of draft distributions in batch order.
+
+    Args:
+        pieces: per block, the requests of the batch with drafts in it and the rows
+            of the block that are theirs.
+        counts: [R] drafts of each request that are verified (a prefix of its block).
+    """
+    if not pieces:
+        return None
+    probs, supports, order = [], [], []
+    shared = None
+    for block, requests, rows in pieces:
+        assert block.draft_probs is not None
+        n = counts[requests]
+        k = block.draft_probs.shape[1]
+        offset = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        index = torch.from_numpy(np.repeat(np.asarray(rows), n) * k + offset)
+        probs.append(
+            block.draft_probs.flatten(0, 1)[index.to(block.draft_probs.device)]
+        )
+        order.append(np.repeat(np.asarray(requests), n))
+        support = block.draft_support
+        if support is not None and support.shape[:2] == (1, 1):
+            shared = support.flatten(0, 1)
+        elif support is not None:
+            supports.append(support.flatten(0, 1)[index.to(support.device)])
+    merged = torch.cat(probs)
+    support = torch.cat(supports) if supports else shared
+    if len(pieces) > 1:
+        back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
+        merged = merged[back]
+        support = support[back] if supports and support is not None else support
+    return DraftProbs(merged, support)
+
+
+def _no_drafts(num_reqs: int, device: torch.device) -> SpecDecodeMetadata:
+    """Metadata of a step in which every request has ℓ = 0."""
+    return SpecDecodeMetadata.make_dummy([[] for _ in range(num_reqs)], device)
+
+
+class DSparkCPUModelRunner(DSparkRunnerMixin, CPUModelRunner):
+    """The V1 runner of the CPU wheels with DSpark."""
+
+
+class DSparkGPUModelRunner(DSparkRunnerMixin, GPUModelRunner):
+    """The V1 runner on GPUs with DSpark (VLLM_USE_V2_MODEL_RUNNER=0)."""

@@ -1,0 +1,45 @@
+"""Workers that build our model runner; otherwise vLLM's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import vllm.v1.worker.cpu_worker as cpu_worker
+import vllm.v1.worker.gpu_model_runner as gpu_model_runner
+import vllm.v1.worker.gpu_worker as gpu_worker
+
+from vllm_dspark.integration.runner import DSparkCPUModelRunner, DSparkGPUModelRunner
+
+
+@contextmanager
+def _swapped(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """``module.name`` is ``value`` inside the block.
+
+    vLLM's workers name their runner class in the body of ``init_device``, which has
+    no parameter for it. Remove when: the runner class becomes configurable.
+    """
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+class DSparkCPUWorker(cpu_worker.CPUWorker):
+    """CPU worker with DSpark on the V1 runner."""
+
+    def init_device(self) -> None:
+        with _swapped(cpu_worker, "CPUModelRunner", DSparkCPUModelRunner):
+            super().init_device()
+
+
+class DSparkGPUWorker(gpu_worker.Worker):
+    """GPU worker with DSpark on the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0)."""
+
+    def init_device(self) -> None:
+        with _swapped(gpu_model_runner, "GPUModelRunner", DSparkGPUModelRunner):
+            super().init_device()

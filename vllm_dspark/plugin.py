@@ -1,0 +1,16 @@
+"""Entry point of the group ``vllm.general_plugins``.
+
+vLLM calls :func:`register` in every process it starts (API server, engine core,
+workers), before it builds its configuration. It is idempotent and cheap, and what
+it installs is inert unless the speculative method is ``dspark`` and vLLM serves on
+the V1 model runner: on the V2 runner vLLM's own DSpark is left alone.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Install the plugin's hooks into this process (once)."""
+    from vllm_dspark.integration import patches
+
+    patches.install()

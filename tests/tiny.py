@@ -139,7 +139,7 @@ def make_tiny_drafter(
         own_embeddings: bring embeddings (the target's, slightly changed).
         with_lm_head: bring an LM head; the same as ``own_embeddings`` if None.
         noise: scale of the backbone's say against the Markov head.
-        overrides: replaces keys of config.json last, e.g. to make it wrong.
+        overrides: more keys of config.json, e.g. ``{"attention_bias": True}``.
     """
     target = json.loads((target_path / "config.json").read_text())
     vocab = target["vocab_size"]
@@ -179,6 +179,7 @@ def make_tiny_drafter(
         raw["confidence_head_with_markov"] = confidence_with_markov and markov_rank > 0
     if draft_vocab_size is not None:
         raw["draft_vocab_size"] = draft_vocab_size
+    raw.update(overrides or {})
     config = DrafterConfig.from_dict(raw)
     state = _drafter_state(config, target_path, seed, noise)
     if not own_embeddings:
@@ -187,9 +188,13 @@ def make_tiny_drafter(
         del state["lm_head.weight"]
     floats = {k: v if k == "d2t" else v.to(dtype) for k, v in state.items()}
     save_checkpoint(path, raw, floats)
-    if overrides:
-        (path / "config.json").write_text(json.dumps({**raw, **overrides}))
     return path
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Change keys of a folder's ``config.json``, right or wrong."""
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def _fill(weight: Tensor, scale: float, generator: torch.Generator) -> None:

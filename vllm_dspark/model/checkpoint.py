@@ -23,7 +23,23 @@ from torch import Tensor
 
 from vllm_dspark.config import DrafterConfig
 from vllm_dspark.model.drafter import Drafter
+from vllm_dspark.model.fit import TargetFacts, check_fit
 from vllm_dspark.model.headers import WEIGHTS, TensorHeader, read_headers, read_json
+
+__all__ = [
+    "CheckpointFacts",
+    "TargetFacts",
+    "check_checkpoint",
+    "check_fit",
+    "draft_to_target_ids",
+    "expected_shapes",
+    "load_config",
+    "load_drafter",
+    "load_state",
+    "optional_names",
+    "save_checkpoint",
+    "weights_hash",
+]
 
 CONFIG = "config.json"
 D2T = "d2t"

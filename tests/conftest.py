@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests; heavy imports stay inside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo_drafter() -> Path:
+    """The drafter that the repository ships."""
+    return REPOSITORY / "models" / "smollm2-135m-dspark"
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama target (see `tests.tiny`)."""
+    from tests.tiny import make_tiny_target
+
+    return make_tiny_target(tmp_path_factory.mktemp("tiny-target"))
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
+    """Folder of its drafter with vanilla and confidence heads."""
+    from tests.tiny import make_tiny_drafter
+
+    return make_tiny_drafter(tmp_path_factory.mktemp("tiny-drafter"), tiny_target)

@@ -1,0 +1,125 @@
+#include "rejection.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "row_scan.h"
+
+namespace dspark {
+namespace {
+
+template <typename T>
+class Sampler {
+ public:
+  Sampler(const KernelTable& kernels, const RejectionArgs& args, bool parallel)
+      : a_(args), scan_(kernels, args.vocab, parallel) {}
+
+  // `first` is the number of draft rows before this request's.
+  void request(int64_t r, int64_t first) {
+    int32_t* out = a_.token_ids + r * a_.width;
+    std::fill(out, out + a_.width, -1);
+    const float t = a_.temperature ? a_.temperature[r] : 0.0f;
+    const bool greedy = t < kGreedyTemperature;
+    int64_t k = 0;
+    for (bool more = true; more; ++k) {
+      const Row<T> row = {
+          static_cast<const T*>(a_.logits) + (first + r + k) * a_.logits_stride,
+          a_.vocab, greedy ? 1.0f : 1.0f / t};
+      const bool bonus = k == a_.lengths[r];
+      if (greedy || !scan_.normalise(row)) {
+        const int64_t best = scan_.argmax(row);
+        out[k] = static_cast<int32_t>(best);
+        more = !bonus && best == draft_id(first + k);
+      } else if (bonus) {
+        out[k] = static_cast<int32_t>(scan_.draw(row, a_.sample_uniforms[r]));
+        more = false;
+      } else {
+        more = random_step(row, r, first + k, out + k);
+      }
+    }
+    a_.num_emitted[r] = static_cast<int32_t>(k);
+  }
+
+ private:
+  int64_t draft_id(int64_t i) const {
+    return a_.ids64 ? static_cast<const int64_t*>(a_.draft_ids)[i]
+                    : static_cast<const int32_t*>(a_.draft_ids)[i];
+  }
+
+  const int32_t* support(int64_t i) const {
+    return a_.support ? a_.support + i * a_.support_stride : nullptr;
+  }
+
+  float draft_prob(int64_t i, int64_t id) const {
+    if (a_.draft_probs == nullptr) return 1.0f;
+    const float* q = a_.draft_probs + i * a_.probs_stride;
+    if (a_.support == nullptr) return q[id];
+    const int32_t* ids = support(i);
+    float sum = 0;
+    for (int64_t j0 = 0; j0 < a_.support_size; j0 += 256) {
+      const int64_t end = std::min(j0 + 256, a_.support_size);
+      int32_t hit = 0;  // an integer reduction, for the compiler to vectorise
+      for (int64_t j = j0; j < end; ++j) hit |= ids[j] == id;
+      for (int64_t j = j0; hit && j < end; ++j) sum += ids[j] == id ? q[j] : 0.0f;
+    }
+    return sum;
+  }
+
+  // Accepts the draft (true) or emits a draw from the residual (false).
+  bool random_step(const Row<T>& row, int64_t r, int64_t i, int32_t* out) {
+    const int64_t x = draft_id(i);
+    if (x >= 0 && x < a_.vocab) {
+      const float q = draft_prob(i, x);
+      const float p = scan_.probability(row, x);
+      if (q > 0 && a_.accept_uniforms[i] * double(q) < double(p)) {
+        *out = static_cast<int32_t>(x);
+        return true;
+      }
+    }
+    const double u = a_.sample_uniforms[r];
+    *out = static_cast<int32_t>(
+        a_.draft_probs == nullptr
+            ? scan_.draw_without(row, x, u)
+            : scan_.draw_residual(row, a_.draft_probs + i * a_.probs_stride, support(i),
+                                  a_.support_size, u));
+    return false;
+  }
+
+  const RejectionArgs& a_;
+  RowScan<T> scan_;
+};
+
+template <typename T>
+void run(const KernelTable& kernels, const RejectionArgs& args) {
+  std::vector<int64_t> first(args.requests, 0);
+  for (int64_t r = 1; r < args.requests; ++r) {
+    first[r] = first[r - 1] + args.lengths[r - 1];
+  }
+  // Few requests: share out each row. Many: share out the requests, one at a time,
+  // since how many rows each will read is not known.
+  if (args.requests < 4) {
+    Sampler<T> sampler(kernels, args, true);
+    for (int64_t r = 0; r < args.requests; ++r) sampler.request(r, first[r]);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  parallel_team(true, [&](int, int) {
+    Sampler<T> sampler(kernels, args, false);
+    for (int64_t r; (r = next.fetch_add(1)) < args.requests;) {
+      sampler.request(r, first[r]);
+    }
+  });
+}
+
+}  // namespace
+
+void rejection_sample(const KernelTable& kernels, const RejectionArgs& args) {
+  if (args.bf16) {
+    run<uint16_t>(kernels, args);
+  } else {
+    run<float>(kernels, args);
+  }
+}
+
+}  // namespace dspark

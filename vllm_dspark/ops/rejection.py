@@ -1,0 +1,231 @@
+"""Rejection sampling of drafts from the target's logits (paper section 2.1).
+
+``rejection_reference.py`` is the specification; the other backends return the same
+tokens for the same uniform numbers. Probabilities of the target are never handed in:
+a backend reads the logits of a row only once it knows that the row is needed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_dspark.ops import extension_native
+
+GREEDY_TEMPERATURE = 1e-5  # below: greedy
+BACKENDS = ("auto", "reference", "native", "triton")
+
+
+@dataclass(frozen=True)
+class RejectionResult:
+    """What one verification emits.
+
+    Attributes:
+        token_ids: ``[R, max(l)+1]`` int32, padded with -1.
+        num_emitted: ``[R]`` int32, 1..l_r+1.
+        backend: the backend that ran: reference, native or triton.
+    """
+
+    token_ids: Tensor
+    num_emitted: Tensor
+    backend: str
+
+
+@dataclass(frozen=True)
+class RejectionInputs:
+    """Checked arguments of `rejection_sample`, plus the lengths on the host."""
+
+    target_logits: Tensor
+    draft_token_ids: Tensor
+    num_draft_tokens: Tensor
+    lengths: list[int]
+    draft_probs: Tensor | None
+    draft_support: Tensor | None
+    temperature: Tensor | None
+    accept_uniforms: Tensor | None
+    sample_uniforms: Tensor | None
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Uninitialised ``token_ids`` and ``num_emitted``."""
+        device, num = self.target_logits.device, len(self.lengths)
+        width = max(self.lengths, default=0) + 1
+        return (
+            torch.empty((num, width), dtype=torch.int32, device=device),
+            torch.empty((num,), dtype=torch.int32, device=device),
+        )
+
+
+def rejection_sample(
+    target_logits: Tensor,
+    draft_token_ids: Tensor,
+    num_draft_tokens: Tensor,
+    *,
+    draft_probs: Tensor | None = None,
+    draft_support: Tensor | None = None,
+    temperature: Tensor | None = None,
+    accept_uniforms: Tensor | None = None,
+    sample_uniforms: Tensor | None = None,
+    backend: str = "auto",
+) -> RejectionResult:
+    """Accepts a prefix of each request's drafts and emits one token more (2.1).
+
+    Request r owns ``l_r`` draft rows of `target_logits` and then its bonus row. Draft
+    x is accepted if ``u * q(x) < p(x)``; the first rejection ends the request with a
+    draw from ``max(0, p - q)``, a request without one ends with a draw from its bonus
+    row. Greedy requests emit argmax and stop at the first draft that is not it.
+
+    Args:
+        target_logits: Shape ``[N+R, V]``, float32 or bfloat16; rows may be strided.
+        draft_token_ids: Shape ``[N]``, int32 or int64; an id outside [0, V) is never
+            accepted.
+        num_draft_tokens: Shape ``[R]``, int32 or int64, l_r >= 0, sums to N.
+        draft_probs: Shape ``[N, S]`` float32, the distributions the drafts were drawn
+            from. None: one-hot drafts, q(x) = 1.
+        draft_support: Shape ``[N, S]`` or ``[1, S]`` int32, target ids of the columns
+            of `draft_probs`, distinct in a row, in any order; -1 pads. None: S = V.
+        temperature: Shape ``[R]`` float32; below 1e-5 greedy. None: all greedy.
+        accept_uniforms: Shape ``[N]`` float64 in [0, 1).
+        sample_uniforms: Shape ``[R]`` float64 in [0, 1), for the one final draw.
+        backend: auto, reference, native or triton. auto is triton for CUDA tensors,
+            native on the CPU, reference without the extension.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above; names the shape.
+        RuntimeError: the backend asked for is not available here.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 9.0], [9.0, 0.0]])
+        >>> ids, length = torch.tensor([1]), torch.tensor([1])
+        >>> rejection_sample(logits, ids, length).token_ids.tolist()
+        [[1, 0]]
+    """
+    run = _choose(backend, target_logits)
+    inputs = _check(
+        target_logits,
+        draft_token_ids,
+        num_draft_tokens,
+        draft_probs,
+        draft_support,
+        temperature,
+        accept_uniforms,
+        sample_uniforms,
+    )
+    return run(inputs)
+
+
+def _choose(
+    backend: str, logits: Tensor
+) -> Callable[[RejectionInputs], RejectionResult]:
+    """Imports are late: triton is optional, and slow to import."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: unknown {backend!r}, one of {BACKENDS}")
+    cuda = logits.is_cuda
+    if backend == "triton" or (backend == "auto" and cuda):
+        from vllm_dspark.ops import rejection_triton
+
+        return rejection_triton.checked_run(logits)
+    if backend == "auto":
+        extension_native.log_backend_once()
+        if logits.device.type == "cpu" and extension_native.load() is not None:
+            backend = "native"
+    if backend == "native":
+        from vllm_dspark.ops import rejection_native
+
+        return rejection_native.checked_run(logits)
+    from vllm_dspark.ops import rejection_reference
+
+    return rejection_reference.run
+
+
+def _check(
+    logits: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    probs: Tensor | None,
+    support: Tensor | None,
+    temperature: Tensor | None,
+    accept: Tensor | None,
+    sample: Tensor | None,
+) -> RejectionInputs:
+    integers = (torch.int32, torch.int64)
+    floats = (torch.float32, torch.bfloat16)
+    require("draft_token_ids", ids, integers, (None,), logits)
+    require("num_draft_tokens", counts, integers, (None,), logits)
+    n, r = ids.shape[0], counts.shape[0]
+    require("target_logits", logits, floats, (n + r, None), logits, inner_only=True)
+    vocab = logits.shape[1]
+    if vocab == 0:
+        raise ValueError(f"target_logits: no vocabulary in {tuple(logits.shape)}")
+    lengths: list[int] = counts.tolist()
+    if sum(lengths) != n or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"num_draft_tokens: expected {r} lengths >= 0 that add up to N={n}, the "
+            f"shape [{n}] of draft_token_ids; got {lengths[:8]}"
+        )
+    if probs is not None:
+        columns = vocab if support is None else None
+        f32 = (torch.float32,)
+        require("draft_probs", probs, f32, (n, columns), logits, inner_only=True)
+    if support is not None:
+        if probs is None:
+            raise ValueError("draft_support needs draft_probs")
+        rows = 1 if support.dim() == 2 and support.shape[0] == 1 else n
+        shape = (rows, probs.shape[1])
+        require("draft_support", support, (torch.int32,), shape, logits, True)
+    if temperature is not None:
+        require("temperature", temperature, (torch.float32,), (r,), logits)
+        f64 = (torch.float64,)
+        if accept is not None:
+            require("accept_uniforms", accept, f64, (n,), logits)
+        if sample is not None:
+            require("sample_uniforms", sample, f64, (r,), logits)
+        missing = accept is None or sample is None
+        if missing and bool((temperature >= GREEDY_TEMPERATURE).any()):
+            raise ValueError(
+                f"accept_uniforms of shape [{n}] and sample_uniforms of shape [{r}] "
+                "are needed: some requests are not greedy"
+            )
+    return RejectionInputs(
+        logits, ids, counts, lengths, probs, support, temperature, accept, sample
+    )
+
+
+def require(
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    like: Tensor,
+    inner_only: bool = False,
+) -> None:
+    """ValueError naming the shape unless `tensor` is as described.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: the argument.
+        dtypes: what it may be.
+        shape: what it must be, None for any size.
+        like: a tensor on the device it must be on.
+        inner_only: only the last dimension must be contiguous.
+    """
+    actual = tuple(tensor.shape)
+    fits = len(actual) == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, actual, strict=True)
+    )
+    if fits and tensor.dtype in dtypes and tensor.device == like.device:
+        if tensor.is_contiguous() or (
+            inner_only and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1)
+        ):
+            return
+        raise ValueError(
+            f"{name}: shape {list(actual)} with strides {list(tensor.stride())} is "
+            f"not contiguous{' in its last dimension' if inner_only else ''}"
+        )
+    kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    wanted = ["any" if s is None else s for s in shape]
+    raise ValueError(
+        f"{name}: expected {kinds} of shape {wanted} on {like.device}, got "
+        f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(actual)} on "
+        f"{tensor.device}"
+    )

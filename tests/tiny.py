@@ -125,7 +125,7 @@ def make_tiny_drafter(
     target_layer_ids: tuple[int, ...] = (-1, 1, 2),
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
-    noise: float = 0.15,
+    noise: float = 0.6,
     overrides: dict[str, Any] | None = None,
 ) -> Path:
     """Save a drafter (DeepSpec's layout) for a target of `make_tiny_target`.

@@ -127,8 +127,10 @@ class _Request:
         emitted = self._verify(output.logits[0], len(drafts))
         if start > 0:
             self._record(start, drafts, len(emitted) - 1)
-        kept = len(inputs) - (len(drafts) - (len(emitted) - 1))
-        self.cache.crop(start + kept)
+        rejected = len(drafts) - (len(emitted) - 1)
+        kept = len(inputs) - rejected
+        if rejected:
+            self.cache.crop(-rejected)
         self._observe(output.hidden_states, start, kept)
         self._emit(emitted)
         if not self.finished:

@@ -41,8 +41,8 @@ class DraftBlock:
         token_ids: ``[R, K]`` int64, drafts as ids of the target's vocabulary.
         draft_probs: ``[R, K, S]`` float32, the distribution each draft was drawn
             from; None when drafts are greedy, i.e. the distribution is one-hot.
-        draft_support: ``[R, K, S]`` or ``[1, S]`` int32, target ids of the entries
-            of ``draft_probs``; None when entry i is target token i.
+        draft_support: ``[R, K, S]``, or ``[1, 1, S]`` for all alike, int32: target
+            ids of the entries of ``draft_probs``; None when entry i is token i.
         confidence: ``[R, K]`` float32, c_k (3.2.1); None without confidence head.
         finite: ``[R]`` bool, False where draft logits or confidences held NaN or
             inf: such a request must not be verified with these drafts.

@@ -54,11 +54,10 @@ def _flatten(
         return torch.empty(0, dtype=torch.int64), None, None
     offsets = torch.arange(block.token_ids.shape[1])
     chosen = offsets < num_drafts[:, None]
-    probs, support = block.draft_probs, block.draft_support
-    if support is not None and support.dim() == 3:
-        support = support[chosen]
-    return (
-        block.token_ids[chosen],
-        None if probs is None else probs[chosen],
-        support if probs is not None else None,
-    )
+    ids, probs, support = block.token_ids, block.draft_probs, block.draft_support
+    if probs is None:
+        return ids[chosen], None, None
+    if support is not None:
+        shared = support.shape[:2] == (1, 1)
+        support = support[0] if shared else support[chosen]
+    return ids[chosen], probs[chosen], support

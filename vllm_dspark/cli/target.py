@@ -106,7 +106,11 @@ def _convert(gguf: Path, out: Path) -> None:
     """
     command = [sys.executable, "-m", "vllm_dspark.cli.convert_gguf"]
     command += [str(gguf), str(out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment
     )

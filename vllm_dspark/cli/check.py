@@ -5,7 +5,6 @@ Anything wrong ends in exit status 1 with the reasons in the last lines.
 """
 
 import argparse
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -82,8 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compat() -> Any:
-    # By name and late: only the integration knows vLLM, and its import takes seconds.
-    return importlib.import_module("vllm_dspark.integration.compat")
+    # Late: what it checks are vLLM's modules, and their import takes seconds.
+    from vllm_dspark.integration import compat
+
+    return compat
 
 
 def vllm_facts(problems: list[str]) -> Facts:

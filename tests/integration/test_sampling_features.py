@@ -30,7 +30,8 @@ Settings = dict[str, Any]
 
 
 def bias_away(text: list[int]) -> Settings:
-    return {"logit_bias": dict.fromkeys(text[3:20:4], -6.0) | {text[5]: 2.0}}
+    # One token in ten: few enough for whole blocks to be accepted in between.
+    return {"logit_bias": dict.fromkeys([text[3], *range(10, 128, 11)], -6.0)}
 
 
 def min_tokens(text: list[int]) -> Settings:
@@ -42,9 +43,9 @@ def eos_after_min_tokens(text: list[int]) -> Settings:
 
 
 def visible(text: str, length: int) -> list[str]:
-    """Two words of the text without white space, of so many characters."""
+    """Every other word without white space, of so many characters."""
     words = [text[i : i + length] for i in range(2, len(text) - length)]
-    return [w for w in words if not any(c.isspace() for c in w)][:2]
+    return [w for w in words if not any(c.isspace() for c in w)][::2]
 
 
 # Feature → what to ask for, given the text of the same prompt without the feature.
@@ -71,7 +72,8 @@ TEXT_CASES: dict[str, Callable[[str], Settings]] = {
         "stop": [text[9:12]],
         "include_stop_str_in_output": True,
     },
-    "bad_words": lambda text: {"bad_words": [*visible(text, 1), *visible(text, 2)[1:]]},
+    "bad_words": lambda text: {"bad_words": visible(text, 1)},
+    "bad_words_of_two_tokens": lambda text: {"bad_words": visible(text, 2)},
 }
 NAMES = [*CASES, *TEXT_CASES]
 # Random requests that can only choose the most probable token.

@@ -56,7 +56,7 @@ def test_stop_reaches_children_that_outlive_their_parent(tmp_path: Path):
     server.command = [sys.executable, "-c", parent]
     with server:
         deadline = time.monotonic() + 20
-        while not server.last_line() and time.monotonic() < deadline:
+        while not server.last_line().isdigit() and time.monotonic() < deadline:
             time.sleep(0.05)
         pid = int(server.last_line())
     deadline = time.monotonic() + 10

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from vllm_dspark import provenance
-from vllm_dspark.cli import display, distribution, near_tie, target
+from vllm_dspark.cli import display, distribution, near_tie, report, target
 from vllm_dspark.cli.arms import Arm, run_arm
 from vllm_dspark.cli.server import Server, speculative_arguments
 
@@ -232,7 +232,7 @@ def _report(
     found = near_tie.differences(folders["target"], fast.answers, plain.answers)
     display.print_differences(console, found, len(PROMPTS))
     if arguments.json:
-        result = as_json(arms, found)
+        result = report.as_json(arms, found, PROMPTS)
         result["speculative_config"] = speculative_config(arguments, folders)
         result["server_arguments"] = SERVER_ARGUMENTS + MEASURING_ARGUMENTS
         result["eager"] = arguments.eager
@@ -241,35 +241,3 @@ def _report(
         console.print(f"written: {arguments.json}")
     sys.stdout.flush()
     return 0
-
-
-def as_json(arms: dict[str, Arm], found: list[near_tie.Difference]) -> dict[str, Any]:
-    """The figures under the names machines expect; ``ratio`` is by geometric mean."""
-    fast, plain = arms.values()
-    counts = fast.speculation
-    return {
-        "ratio": fast.tokens_per_second / plain.tokens_per_second,
-        "tau": counts.accepted_length if counts else None,
-        "acceptance_per_position": counts.acceptance_per_position if counts else [],
-        "texts_equal": not found,
-        "first_difference_gap": max((d.gap_float32 for d in found), default=None),
-        "differences": [
-            {name: getattr(d, name) for name in d.__slots__}  # type: ignore[attr-defined]
-            for d in found
-        ],
-        "tok_s": {arm.name: arm.tokens_per_second for arm in arms.values()},
-        "tok_s_per_prompt": {
-            arm.name: {n: a.tokens_per_second for n, a in arm.answers.items()}
-            for arm in arms.values()
-        },
-        "seconds": {
-            arm.name: {n: a.seconds for n, a in arm.answers.items()}
-            for arm in arms.values()
-        },
-        "start_seconds": {arm.name: arm.start_seconds for arm in arms.values()},
-        "prompts": PROMPTS,
-        "texts": {
-            arm.name: {n: a.text for n, a in arm.answers.items()}
-            for arm in arms.values()
-        },
-    }

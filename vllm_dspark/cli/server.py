@@ -138,7 +138,7 @@ class Server:
     def last_line(self) -> str:
         """The last line of the log, without vLLM's prefix."""
         lines = [line for line in self._tail(4096).splitlines() if line.strip()]
-        return _PREFIX.sub("", lines[-1]).strip() if lines else ""
+        return _PREFIX.sub("", lines[-1]).strip() if lines else "(no output yet)"
 
     def why(self) -> str:
         """The log's first own error and its last lines, for an error message."""

@@ -1,0 +1,82 @@
+"""What vLLM's V2 model runner needs to run on a CPU wheel, in Triton's interpreter.
+
+For tests only: the interpreter executes vLLM's kernels in numpy, block by block, so
+that vLLM's own DSpark can be asked what it would have drafted. Each patch says why it
+is there. `install` must run before vllm is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+
+def install() -> None:
+    """Interpret Triton kernels and let vLLM choose its V2 runner."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    _pretend_backend()
+    _boolean_masks()
+    _math_functions()
+
+
+def _pretend_backend() -> None:
+    """vLLM turns Triton off unless some backend has an active driver, and the wheel of
+    Triton has none for CPUs. The interpreter needs no backend."""
+    import triton.backends
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+    triton.backends.backends["cpu"] = triton.backends.Backend(
+        compiler=None, driver=Driver
+    )
+
+
+def _boolean_masks() -> None:
+    """``&`` of two int1 values gives an int8 array in the interpreter, which its masked
+    loads and stores refuse as an index mask."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def as_bool(mask: Any) -> Any:
+        if mask.data.dtype == np.bool_:
+            return mask
+        return TensorHandle(mask.data.astype(np.bool_), mask.dtype)
+
+    load = InterpreterBuilder.create_masked_load
+    store = InterpreterBuilder.create_masked_store
+
+    def masked_load(self: Any, pointer: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, pointer, as_bool(mask), *rest)
+
+    def masked_store(self: Any, pointer: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, pointer, value, as_bool(mask), *rest)
+
+    InterpreterBuilder.create_masked_load = masked_load
+    InterpreterBuilder.create_masked_store = masked_store
+
+
+def _math_functions() -> None:
+    """CUDA's libdevice has no implementation in the interpreter: its functions return
+    None there."""
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def elementwise(function: Any) -> Any:
+        def call(x: Any, *_args: Any, **_kwargs: Any) -> Any:
+            data = x.handle.data
+            with np.errstate(all="ignore"):
+                result = function(data).astype(data.dtype)
+            return tl.tensor(TensorHandle(result, x.handle.dtype), x.type)
+
+        return call
+
+    for name in ("exp", "log", "log1p", "tanh"):
+        setattr(libdevice, name, elementwise(getattr(np, name)))

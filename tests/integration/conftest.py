@@ -28,5 +28,5 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from tests.tiny import make_tiny_drafter, make_tiny_target
 
     folder = tmp_path_factory.mktemp("small-pair")
-    target = make_tiny_target(folder / "target", vocab_size=24, sharpness=0.4)
+    target = make_tiny_target(folder / "target", vocab_size=24, sharpness=1.0)
     return target, make_tiny_drafter(folder / "drafter", target)

@@ -1,0 +1,54 @@
+"""Python code in a fresh process: for what is decided while vLLM is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent.parent
+TIMEOUT = 300
+
+
+def run_python(code: str, *arguments: Any, **environment: str | None) -> Any:
+    """Run code and return what its last printed line holds, as JSON.
+
+    Args:
+        code: reads its arguments from ``sys.argv[1:]``.
+        arguments: made into strings.
+        environment: changes to the environment; None removes a variable.
+
+    Raises:
+        AssertionError: it failed; its output is in the message.
+    """
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for name, value in environment.items():
+        if value is None:
+            env.pop(name, None)
+        else:
+            env[name] = value
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=env,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-6000:]
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        raise AssertionError(f"no JSON in the last line of:\n{output}") from None

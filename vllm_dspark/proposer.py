@@ -78,8 +78,8 @@ class Proposer:
         hidden, base_logits = self.drafter.forward_block(
             anchor_ids, anchor_positions, ctx, self.num_drafts
         )
-        sampled = self.options.draft_sample_method == "probabilistic"
-        sampled = sampled and temperature is not None
+        draws = self.options.draft_sample_method == "probabilistic"
+        sampled = draws and temperature is not None
         draft = draft_sequential(
             base_logits,
             hidden,

@@ -27,6 +27,7 @@ from vllm_dspark.model.fit import TargetFacts, check_fit
 from vllm_dspark.model.headers import WEIGHTS, TensorHeader, read_headers, read_json
 
 __all__ = [
+    "OPTIONAL",
     "CheckpointFacts",
     "TargetFacts",
     "check_checkpoint",
@@ -36,7 +37,6 @@ __all__ = [
     "load_config",
     "load_drafter",
     "load_state",
-    "optional_names",
     "save_checkpoint",
     "weights_hash",
 ]
@@ -45,6 +45,7 @@ CONFIG = "config.json"
 D2T = "d2t"
 EMBEDDINGS = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+OPTIONAL = frozenset({EMBEDDINGS, LM_HEAD})  # left out, they are the target's
 _FLOATS = ("F32", "BF16", "F16")
 _INTS = ("I64", "I32")
 
@@ -79,18 +80,13 @@ def load_config(path: str | Path) -> DrafterConfig:
 
 
 def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor a checkpoint may hold (`optional_names` may be absent)."""
+    """Shape of every tensor a checkpoint may hold (those of `OPTIONAL` may be absent)."""
     with torch.device("meta"):
         state = Drafter(config).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if config.has_reduced_vocab:
         shapes[D2T] = (config.draft_vocab_size,)
     return shapes
-
-
-def optional_names() -> frozenset[str]:
-    """Tensors that are the target's when a checkpoint leaves them out."""
-    return frozenset({EMBEDDINGS, LM_HEAD})
 
 
 def check_checkpoint(path: str | Path) -> CheckpointFacts:
@@ -162,7 +158,7 @@ def load_drafter(
     offsets = state.pop(D2T, None)
     mapping = None if offsets is None else draft_to_target_ids(offsets)
     shared = {EMBEDDINGS: target_embeddings, LM_HEAD: target_lm_head}
-    for name in optional_names() - state.keys():
+    for name in OPTIONAL - state.keys():
         tensor = shared[name]
         if tensor is None:
             raise ValueError(
@@ -217,7 +213,7 @@ def weights_hash(path: str | Path) -> str:
 def _checked_headers(folder: Path, config: DrafterConfig) -> dict[str, TensorHeader]:
     headers = read_headers(folder)
     expected = expected_shapes(config)
-    missing = sorted(expected.keys() - headers.keys() - optional_names())
+    missing = sorted(expected.keys() - headers.keys() - OPTIONAL)
     if missing:
         raise ValueError(f"{folder}: {_some(missing)} missing from the weights")
     unexpected = sorted(headers.keys() - expected.keys())

@@ -148,7 +148,7 @@ class DSparkRunnerMixin:
             num_drafts,
         )
         self._drafted_req_ids = self.input_batch.req_ids.copy()
-        self._update_pending(scheduler_output.finished_req_ids)
+        self._update_pending()
         # Only its type and width are looked at; the drafts travel in ``_drafted``.
         return sampled_token_ids.new_empty((len(self._drafted_req_ids), num_drafts))
 
@@ -177,9 +177,13 @@ class DSparkRunnerMixin:
             drafting=drafting,
         )
 
-    def _update_pending(self, finished_req_ids: set[str]) -> None:
-        for req_id in (*self._drafted_req_ids, *finished_req_ids):
+    def _update_pending(self) -> None:
+        for req_id in self._drafted_req_ids:
             self._pending.pop(req_id, None)
+        # Not by the step's finished ids: the last ones come in a step without tokens,
+        # which never gets here.
+        for req_id in self._pending.keys() - self.requests.keys():
+            del self._pending[req_id]
         if self._drafted is not None:
             for i, row in enumerate(self._drafted.rows.tolist()):
                 self._pending[self._drafted_req_ids[row]] = (self._drafted.block, i)

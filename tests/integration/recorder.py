@@ -7,6 +7,7 @@ were handed to the proposer, and what came out of backbone, LM head and sampling
 
 from __future__ import annotations
 
+import random
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.tiny import FIRST_TEXT
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,12 @@ def text_of(output: Any) -> Text:
     return Text(
         output.request_id, tokens, len(prompt), int(output.num_cached_tokens or 0)
     )
+
+
+def prompt(length: int, seed: int = 0, vocab_size: int = 128) -> list[int]:
+    """Random text tokens."""
+    source = random.Random(1000 * seed + length)
+    return [source.randrange(FIRST_TEXT, vocab_size) for _ in range(length)]
 
 
 def greedy(max_tokens: int) -> Any:

@@ -20,7 +20,6 @@ probabilities and confidences, 1e-5 relative on hidden states and logits.
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +32,8 @@ from safetensors.torch import load_file, save_file
 from tests.integration.engine import engine
 from tests.integration.oracle.history import relative
 from tests.integration.oracle.teacher import Transcript, forced
-from tests.integration.recorder import Block, recording, text_of
-from tests.tiny import FIRST_TEXT, make_tiny_drafter, make_tiny_target
+from tests.integration.recorder import Block, prompt, recording, text_of
+from tests.tiny import make_tiny_drafter, make_tiny_target
 from vllm_dspark.model.checkpoint import draft_to_target_ids, load_state
 
 pytestmark = pytest.mark.slow
@@ -48,11 +47,6 @@ SETTINGS = {
     "max_num_seqs": 4,
     "enable_prefix_caching": True,
 }
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    source = random.Random(seed)
-    return [source.randrange(FIRST_TEXT, VOCAB) for _ in range(length)]
 
 
 def waves(temperatures: tuple[float, ...], max_tokens: int) -> list[list[dict]]:

@@ -80,7 +80,7 @@ def load_config(path: str | Path) -> DrafterConfig:
 
 
 def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor a checkpoint may hold (those of `OPTIONAL` may be absent)."""
+    """Shapes of all tensors of a checkpoint; those of `OPTIONAL` may be absent."""
     with torch.device("meta"):
         state = Drafter(config).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -215,7 +215,8 @@ def _show(console: Console, name: str, facts: Facts) -> None:
     for key, value in facts.items():
         if key != "rows":
             shown = f"{value:,}" if key in ("parameters", "bytes") else str(value)
-            console.print(f"  {key:<20} {shown}", highlight=False, markup=False)
+            line = f"  {key:<20} {shown}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for row in facts.get("rows", []):
         mark = "ok" if row["ok"] else "NO"
         line = f"  {mark}  {row['symbol']}{row['expected']}  {row['detail']}"

@@ -73,6 +73,10 @@ SYMBOLS: tuple[Symbol, ...] = (
     _s("vllm.utils.torch_utils:set_default_torch_dtype", "dtype", "called"),
     _s("vllm.utils.torch_utils:PIN_MEMORY", None, "read"),
     _s("vllm.logger:init_logger", "name", "called"),
+    # platform_report below
+    _s("vllm.envs", None, "VLLM_USE_V2_MODEL_RUNNER is read"),
+    _s("vllm.platforms:current_platform", None, "read"),
+    _s("vllm.triton_utils:HAS_TRITON", None, "read"),
     # workers and runner (worker.py, runner.py)
     _s("vllm.v1.worker.cpu_worker", None, "its CPUModelRunner is swapped at start"),
     _s("vllm.v1.worker.cpu_worker:CPUModelRunner", None, "swapped at start"),
@@ -142,6 +146,12 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     _s(_DFLASH + "DFlashQwen3Model._normalize_context_k", "all_k", "overridden"),
     _s(_DFLASH + "DFlashQwen3Model._build_fused_kv_buffers", "", "called"),
+    _s(
+        _DFLASH + "DFlashQwen3Model._project_context_kv",
+        "context_states num_ctx num_layers num_kv_heads head_dim",
+        "overridden",
+    ),
+    _s("vllm.model_executor.layers.linear:ReplicatedLinear", None, "built"),
     _s(
         _DFLASH + "DFlashQwen3Model.precompute_and_store_context_kv",
         "context_states context_positions context_slot_mapping",

@@ -15,7 +15,7 @@ from vllm_dspark.config import (
     DSparkOptions,
     resolve_num_speculative_tokens,
 )
-from vllm_dspark.integration import compat
+from vllm_dspark.integration import compat, patches
 from vllm_dspark.model import checkpoint
 from vllm_dspark.model.fit import TargetFacts, check_fit
 
@@ -65,6 +65,7 @@ def activate(vllm_config: Any) -> None:
     _validate_drafter(vllm_config)
     _set_worker(vllm_config.parallel_config)
     _set_scheduler(vllm_config.scheduler_config)
+    patches.activate()
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:

@@ -82,27 +82,29 @@ def _allow_min_p_and_logit_bias(original: Any) -> Any:
     return validate
 
 
-def _targets() -> list[tuple[Any, str, Callable[[Any], Any]]]:
+Patch = tuple[Any, str, Callable[[Any], Any]]
+
+
+def _at_start() -> list[Patch]:
     from vllm.config import VllmConfig
+
+    name = "_get_v1_model_runner_unsupported_features"
+    return [(VllmConfig, name, _allow_dspark_on_v1)]
+
+
+def _on_activation() -> list[Patch]:
     from vllm.sampling_params import SamplingParams
 
-    return [
-        (
-            VllmConfig,
-            "_get_v1_model_runner_unsupported_features",
-            _allow_dspark_on_v1,
-        ),
-        (SamplingParams, "_validate_spec_decode", _allow_min_p_and_logit_bias),
-    ]
+    return [(SamplingParams, "_validate_spec_decode", _allow_min_p_and_logit_bias)]
 
 
 def install() -> None:
-    """Install every patch that this vLLM has a place for.
+    """Install the one patch that notices a configuration with DSpark on V1.
 
     Nothing is refused here: whether this vLLM is one the plugin supports is judged
-    by ``compat.require`` when a configuration asks for DSpark on the V1 runner.
+    by ``compat.require`` when a configuration asks for it.
     """
-    for owner, name, make in _targets():
+    for owner, name, make in _at_start():
         if hasattr(owner, name):
             wrap_once(owner, name, make)
         else:
@@ -114,7 +116,17 @@ def install() -> None:
             )
 
 
+def activate() -> None:
+    """Install what only requests to our worker need.
+
+    Not at start: it would import ``vllm.sampling_params`` (seconds) into processes
+    that have no use for it.
+    """
+    for owner, name, make in _on_activation():
+        wrap_once(owner, name, make)
+
+
 def uninstall() -> None:
     """Put vLLM's own functions back (for tests)."""
-    for owner, name, _ in _targets():
+    for owner, name, _ in [*_at_start(), *_on_activation()]:
         unwrap(owner, name)

@@ -90,6 +90,9 @@ class Sampler {
   RowScan<T> scan_;
 };
 
+// Logits below which waking a team costs more than it saves.
+constexpr int64_t kParallelWork = 1 << 14;
+
 template <typename T>
 void run(const KernelTable& kernels, const RejectionArgs& args) {
   std::vector<int64_t> first(args.requests, 0);
@@ -99,12 +102,12 @@ void run(const KernelTable& kernels, const RejectionArgs& args) {
   // Few requests: share out each row. Many: share out the requests, one at a time,
   // since how many rows each will read is not known.
   if (args.requests < 4) {
-    Sampler<T> sampler(kernels, args, true);
+    Sampler<T> sampler(kernels, args, args.vocab >= kParallelWork);
     for (int64_t r = 0; r < args.requests; ++r) sampler.request(r, first[r]);
     return;
   }
   std::atomic<int64_t> next{0};
-  parallel_team(true, [&](int, int) {
+  parallel_team(args.requests * args.vocab >= kParallelWork, [&](int, int) {
     Sampler<T> sampler(kernels, args, false);
     for (int64_t r; (r = next.fetch_add(1)) < args.requests;) {
       sampler.request(r, first[r]);

@@ -16,6 +16,9 @@ namespace {
 
 constexpr float kNegInf = -INFINITY;
 
+// Multiply-adds of a step below which waking a team costs more than it saves.
+constexpr int64_t kParallelWork = 1 << 18;
+
 // W: type of the weights, B: type of the base logits.
 template <typename W, typename B>
 class Loop {
@@ -40,11 +43,19 @@ class Loop {
     } else {
       candidates_.resize(a_.requests * a_.positions * width_);
     }
-    parallel_team(true, [&](int thread, int team) { work(thread, team); });
+    parallel_team(step_work() >= kParallelWork,
+                  [&](int thread, int team) { work(thread, team); });
     for (int64_t r = 0; r < a_.requests; ++r) a_.finite[r] = !bad_[r];
   }
 
  private:
+  int64_t step_work() const {
+    // Choosing candidates reads a logit of every position: worth a few multiplications.
+    const int64_t per_request = a_.topk ? width_ * head_.rank + 4 * head_.draft_vocab
+                                        : head_.draft_vocab * (head_.rank + 4);
+    return a_.requests * per_request;
+  }
+
   // One persistent region: barriers separate the phases of a step.
   void work(int thread, int team) {
     RowScan<float> scan(kernels_, width_, false);

@@ -223,9 +223,9 @@ def require(
             f"not contiguous{' in its last dimension' if inner_only else ''}"
         )
     kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    wanted = ["any" if s is None else s for s in shape]
+    wanted = ", ".join("any" if s is None else str(s) for s in shape)
     raise ValueError(
-        f"{name}: expected {kinds} of shape {wanted} on {like.device}, got "
+        f"{name}: expected {kinds} of shape [{wanted}] on {like.device}, got "
         f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(actual)} on "
         f"{tensor.device}"
     )

@@ -1,8 +1,8 @@
 """The specification of `draft_sequential`, in plain torch.
 
 Products are float32 whatever the weights are. With bfloat16 weights the vector that W2
-multiplies is rounded to bfloat16 first, as the checkpoint's own layers do. Probabilities
-and draws are those of `rejection_reference`.
+multiplies is rounded to bfloat16 first, as the checkpoint's own layers do.
+Probabilities and draws are those of `rejection_reference`.
 """
 
 import torch
@@ -62,10 +62,10 @@ def confidence(head: SequentialHead, hidden: Tensor, markov: Tensor | None) -> T
 
 
 def candidates(base: Tensor, topk: int) -> Tensor:
-    """Ascending draft ids of the `topk` largest of each row, ``[R, topk]`` int64."""
+    """Ascending draft ids of the largest of each row, ``[R, K, topk]`` int64."""
     # A stable sort, for torch.topk does not promise the lowest index among equals.
     order = base.float().sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :topk].sort(dim=-1).values
+    return order[..., :topk].sort(dim=-1).values
 
 
 def run(inputs: SequentialInputs) -> SequentialDraft:
@@ -82,7 +82,7 @@ def run(inputs: SequentialInputs) -> SequentialDraft:
     state = torch.zeros((r, head.rank), dtype=f32, device=device)
     previous = inputs.anchor_ids.long()
     if topk is not None:
-        ids = torch.stack([candidates(base[:, j], topk) for j in range(k)], 1)[:r]
+        ids = candidates(base, topk)
     for j in range(k):
         hidden = inputs.hidden[:, j].float()
         markov = None if head.markov_w1 is None else head.markov_w1[previous].float()

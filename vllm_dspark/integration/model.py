@@ -14,6 +14,7 @@ from torch import nn
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.qwen3_dflash import (
@@ -30,7 +31,57 @@ _BACKBONE_PREFIXES = ("layers.", "norm.", "hidden_norm.", "fc.")
 
 
 class DSparkBackbone(DFlashQwen3Model):
-    """vLLM's DFlash stack with the context keys normalised layer by layer."""
+    """vLLM's DFlash stack with its own projection of the context.
+
+    The K/V weights of all layers are one linear layer of vLLM's, so that the CPU
+    backend packs them once instead of at every step; keys are normalised layer by
+    layer.
+    """
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, start_layer_id: int = 0, prefix: str = ""
+    ) -> None:
+        super().__init__(
+            vllm_config=vllm_config, start_layer_id=start_layer_id, prefix=prefix
+        )
+        attention = self.layers[0].self_attn
+        self.context_kv = ReplicatedLinear(
+            self.config.hidden_size,
+            len(self.layers) * 2 * attention.kv_size,
+            bias=attention.qkv_proj.bias is not None,
+            prefix=maybe_prefix(prefix, "context_kv"),
+            return_bias=False,
+        )
+
+    def build_context_projection(self) -> None:
+        """Collect the K/V weights of all layers; after they are loaded."""
+        self._build_fused_kv_buffers()
+        assert self._fused_kv_weight is not None
+        self.context_kv.weight.data.copy_(self._fused_kv_weight)
+        if self._fused_kv_bias is not None:
+            self.context_kv.bias.data.copy_(self._fused_kv_bias)
+        self._fused_kv_weight = self._fused_kv_bias = None
+
+    def _project_context_kv(
+        self,
+        context_states: torch.Tensor,
+        num_ctx: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the context for all layers, as vLLM lays them out.
+
+        Shape: context_states [num_ctx, d] → two of [layers, num_ctx, kv_heads, dim].
+        """
+        normed = torch.empty_like(context_states)
+        ops.rms_norm(
+            normed, context_states, self._hidden_norm_weight, self._rms_norm_eps
+        )
+        kv = self.context_kv(normed)
+        kv = kv.view(num_ctx, num_layers, 2, num_kv_heads, head_dim)
+        keys, values = kv.permute(2, 1, 0, 3, 4).contiguous()
+        return keys, values
 
     def _normalize_context_k(self, all_k: torch.Tensor) -> torch.Tensor:
         """RMSNorm of the context keys, each layer with its own weight.
@@ -98,7 +149,7 @@ class DSparkDraftModel(DFlashQwen3ForCausalLM):
         if "embed_tokens.weight" in state:
             backbone["embed_tokens.weight"] = state["embed_tokens.weight"]
         self.model.load_weights(backbone.items())
-        self.model._build_fused_kv_buffers()
+        self.model.build_context_projection()
         dtype = self.draft_model_config.dtype
         self.head = head_from_state(drafter, state, dtype)
         if "lm_head.weight" in state:

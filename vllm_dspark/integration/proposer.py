@@ -175,18 +175,19 @@ class DSparkProposer(DFlashProposer):
     ) -> None:
         n = positions.shape[0]
         slots = attention.slot_mapping[:n]
+        taps = torch.cat(features, dim=-1)
         if keep is not None:
             index = torch.from_numpy(keep).to(positions.device)
             positions, slots = positions[index], slots[index]
-            features = [f[index] for f in features]
-        if int(positions.numel()) == 0:
+            taps = taps[index]
+        if positions.numel() == 0:
             return
         if self.max_position < self.max_model_len:
             # Beyond the drafter's own context there is nothing to attend from.
             inside = positions < self.max_position
             slots = torch.where(inside, slots, NO_SLOT)
             positions = positions.clamp(max=self.max_position - 1)
-        self.model.write_context(torch.cat(features, dim=-1), positions, slots)
+        self.model.write_context(taps, positions, slots)
 
     def _backbone(
         self,

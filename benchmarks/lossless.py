@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_dspark import provenance
 
-# Engine arguments of each setting; "asks" is how often every prompt is asked.
+# Engine arguments of each setting; "asks" is how often every prompt is asked,
+# "kv_share" how much of the K/V cache that 16 requests need there is.
 SETTINGS: dict[str, dict[str, Any]] = {
     "concurrency 1": {"max_num_seqs": 1},
     "concurrency 16": {},
     "prefix caching": {"enable_prefix_caching": True, "asks": 2, "block_size": 32},
     "chunked prefill": {"max_num_batched_tokens": 64},
-    "preemption": {"num_gpu_blocks_override": 72, "block_size": 32},
+    "preemption": {"kv_share": 0.4, "block_size": 32},
 }
 
 
@@ -66,6 +67,13 @@ def answer(
 
     setting = dict(setting)
     asks = setting.pop("asks", 1)
+    longest = max(map(len, prompts)) + args.tokens + 8
+    if share := setting.pop("kv_share", None):
+        size = setting["block_size"]
+        needed = sorted(-(-(len(p) + args.tokens) // size) for p in prompts)[-16:]
+        # At least the longest request with its drafts must fit alone.
+        least = -(-longest // size) + 1
+        setting["num_gpu_blocks_override"] = max(least, int(share * sum(needed)))
     engine: dict[str, Any] = {
         "max_num_seqs": 16,
         "enable_prefix_caching": False,
@@ -78,7 +86,7 @@ def answer(
         model=args.target,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=longest,
         disable_log_stats=False,
         **engine,
     )

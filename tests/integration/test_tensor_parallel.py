@@ -50,6 +50,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_vocab_size", [None, 64])
 def test_two_ranks_serve_the_text_of_one_rank_without_speculation(
     tmp_path: Path, tiny_target: Path, draft_vocab_size: int | None

@@ -92,6 +92,41 @@ def _refuse_unsupported(vllm_config: Any) -> None:
             "vllm-dspark on the V1 runner drafts for text-only targets; "
             f"{vllm_config.model_config.model} is multimodal"
         )
+    _refuse_target_without_features(spec.target_model_config)
+
+
+def _refuse_target_without_features(target: Any) -> None:
+    """Refuse a model class that cannot hand out hidden states of its layers.
+
+    vLLM says so only once the weights are loaded.
+    """
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    model_class, architecture = target.registry.resolve_model_cls(
+        target.architectures, target
+    )
+    if not supports_eagle3(model_class):
+        raise ValueError(
+            f"the target {target.model} ({architecture}) cannot be drafted for: "
+            f"vLLM's {model_class.__name__} has no auxiliary hidden states "
+            "(SupportsEagle3); Llama and Qwen3 models have them"
+        )
+
+
+def check_drafter_config(path: str | None) -> None:
+    """Read a drafter's config.json before vLLM does, on a platform with the V1 runner.
+
+    Raises:
+        ValueError: it is not one we can run.
+    """
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    forced = envs.VLLM_USE_V2_MODEL_RUNNER
+    if HAS_TRITON if forced is None else forced:
+        return
+    if path is not None and os.path.isfile(os.path.join(path, "config.json")):
+        checkpoint.load_config(path)
 
 
 def _validate_drafter(vllm_config: Any) -> None:

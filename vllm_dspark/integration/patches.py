@@ -82,14 +82,38 @@ def _allow_min_p_and_logit_bias(original: Any) -> Any:
     return validate
 
 
+def _read_drafter_first(original: Any) -> Any:
+    """``SpeculativeConfig.__post_init__``.
+
+    Symptom: a drafter with block size 0 is refused with "Expected
+    num_speculative_tokens to be greater than zero", one with an odd rope type with a
+    KeyError from transformers.
+    Cause: vLLM parses the drafter's config.json, and takes the block size for the
+    number of tokens, before anything of ours has seen it.
+    Remove when: vLLM checks block_size itself.
+    """
+
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.method == "dspark":
+            from vllm_dspark.integration import config
+
+            config.check_drafter_config(self.model)
+        original(self, *args, **kwargs)
+
+    return post_init
+
+
 Patch = tuple[Any, str, Callable[[Any], Any]]
 
 
 def _at_start() -> list[Patch]:
-    from vllm.config import VllmConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
 
     name = "_get_v1_model_runner_unsupported_features"
-    return [(VllmConfig, name, _allow_dspark_on_v1)]
+    return [
+        (VllmConfig, name, _allow_dspark_on_v1),
+        (SpeculativeConfig, "__post_init__", _read_drafter_first),
+    ]
 
 
 def _on_activation() -> list[Patch]:
@@ -99,7 +123,7 @@ def _on_activation() -> list[Patch]:
 
 
 def install() -> None:
-    """Install the one patch that notices a configuration with DSpark on V1.
+    """Install the patches that notice a configuration with DSpark on V1.
 
     Nothing is refused here: whether this vLLM is one the plugin supports is judged
     by ``compat.require`` when a configuration asks for it.

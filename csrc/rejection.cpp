@@ -91,7 +91,11 @@ class Sampler {
 };
 
 // Logits below which waking a team costs more than it saves.
-constexpr int64_t kParallelWork = 1 << 14;
+constexpr int64_t kParallelWork = 1 << 17;
+
+// With fewer threads than this a row is not shared out: it saves tens of microseconds
+// a row, and on busy cores a team waits milliseconds for its last thread.
+constexpr int kRowTeam = 4;
 
 template <typename T>
 void run(const KernelTable& kernels, const RejectionArgs& args) {
@@ -99,15 +103,16 @@ void run(const KernelTable& kernels, const RejectionArgs& args) {
   for (int64_t r = 1; r < args.requests; ++r) {
     first[r] = first[r - 1] + args.lengths[r - 1];
   }
-  // Few requests: share out each row. Many: share out the requests, one at a time,
+  // One request: share out each row. Several: share out the requests, one at a time,
   // since how many rows each will read is not known.
-  if (args.requests < 4) {
-    Sampler<T> sampler(kernels, args, args.vocab >= kParallelWork);
+  const bool parallel = (args.requests + 1) * args.vocab >= kParallelWork;
+  if (args.requests < 2) {
+    Sampler<T> sampler(kernels, args, parallel && max_threads() >= kRowTeam);
     for (int64_t r = 0; r < args.requests; ++r) sampler.request(r, first[r]);
     return;
   }
   std::atomic<int64_t> next{0};
-  parallel_team(args.requests * args.vocab >= kParallelWork, [&](int, int) {
+  parallel_team(parallel, [&](int, int) {
     Sampler<T> sampler(kernels, args, false);
     for (int64_t r; (r = next.fetch_add(1)) < args.requests;) {
       sampler.request(r, first[r]);

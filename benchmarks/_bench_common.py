@@ -1,0 +1,65 @@
+"""What the operator benchmarks share: timing in turn, tables, files with provenance."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vllm_dspark import provenance
+
+
+def time_in_turn(
+    providers: dict[str, Callable[[], object]], rounds: dict[str, int]
+) -> dict[str, float]:
+    """Median microseconds of each provider.
+
+    The providers run one after the other within each round, so that a busy moment of
+    the machine meets all of them; each runs twice untimed first.
+
+    Args:
+        providers: name to the call being timed.
+        rounds: how often each is timed.
+    """
+    for call in providers.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    for i in range(max(rounds[name] for name in providers)):
+        for name, call in providers.items():
+            if i < rounds[name]:
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) * 1e6 for name, t in times.items()}
+
+
+def print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
+    """A table for people: rich's where it is installed, plain text elsewhere."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title, "\n".join("  ".join(r) for r in [list(columns), *rows]), sep="\n")
+        return
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=110).print(table)
+
+
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    """Writes `result` with a provenance record, if there is a path."""
+    if path is None:
+        return
+    result = {**result, "provenance": provenance.collect()}
+    Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}")

@@ -90,7 +90,11 @@ def test_rank_zero_has_no_head() -> None:
 
 
 def test_uniform_sliding_layers_are_read() -> None:
-    config = read(layer_types=["sliding_attention"] * 5, sliding_window=2048)
+    config = read(
+        layer_types=["sliding_attention"] * 5,
+        sliding_window=2048,
+        use_sliding_window=True,
+    )
     assert config.sliding_window == 2048
 
 
@@ -117,7 +121,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]},
         "mixes full and sliding attention, which vLLM's V1",
     ),
-    ({"layer_types": ["sliding_attention"] * 5}, "'sliding_window' is missing"),
+    (
+        {"layer_types": ["sliding_attention"] * 5, "use_sliding_window": True},
+        "'sliding_window' is missing",
+    ),
+    (
+        {"layer_types": ["sliding_attention"] * 5, "sliding_window": 2048},
+        "'use_sliding_window' is not true",
+    ),
     ({"is_causal": True}, "'is_causal' is True with 'full_attention'"),
     ({"rope_theta": None}, "'rope_theta' is missing"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "'rope_type' is 'yarn'"),

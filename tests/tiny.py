@@ -149,6 +149,7 @@ def make_tiny_drafter(
         "num_hidden_layers": num_layers,
         "layer_types": [layer_type] * num_layers,
         "sliding_window": sliding_window,
+        "use_sliding_window": sliding_window is not None,
         "dtype": str(dtype).removeprefix("torch."),
         "block_size": block_size,
         "target_layer_ids": list(target_layer_ids),

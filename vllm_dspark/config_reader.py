@@ -151,6 +151,11 @@ class ConfigReader:
                 f"'is_causal' is {causal!r} with {types[0]!r} layers; full attention "
                 "is bidirectional in the block and sliding attention causal"
             )
+        if sliding and self.raw.get("use_sliding_window") is not True:
+            raise self.fail(
+                "'layer_types' are sliding, but 'use_sliding_window' is not true: "
+                "Hugging Face's Qwen3Config drops 'sliding_window' then; set it"
+            )
         eps = self.raw.get("rms_norm_eps", 1e-6)
         return {
             "rms_norm_eps": self.positive("rms_norm_eps", eps),

@@ -48,7 +48,7 @@ CASES = [
     Case("vanilla"),
     Case(
         "vanilla-3-of-5-window-16",
-        drafter={"sliding_window": 16, "overrides": {"use_sliding_window": True}},
+        drafter={"sliding_window": 16},
         k=3,
     ),
     Case(

@@ -29,6 +29,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dspark.integration.config import options
 from vllm_dspark.integration.model import DSparkDraftModel
+from vllm_dspark.integration.pending import Drafted
 from vllm_dspark.model import checkpoint
 from vllm_dspark.ops.sequential import SequentialDraft, draft_sequential
 from vllm_dspark.types import DraftBlock
@@ -51,14 +52,6 @@ class StepTokens:
     num_valid: np.ndarray
     anchors: np.ndarray
     drafting: np.ndarray
-
-
-@dataclass(frozen=True)
-class Drafted:
-    """Drafts of the requests at ``rows`` of the batch."""
-
-    rows: np.ndarray
-    block: DraftBlock
 
 
 class DSparkProposer(DFlashProposer):

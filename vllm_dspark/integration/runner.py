@@ -27,14 +27,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_dspark.integration import uniforms
 from vllm_dspark.integration.config import options
-from vllm_dspark.integration.proposer import Drafted, DSparkProposer, StepTokens
-from vllm_dspark.integration.sampler import (
-    DraftProbs,
-    DSparkRejectionSampler,
-    RequestKeys,
-)
+from vllm_dspark.integration.pending import Drafted, PendingDrafts
+from vllm_dspark.integration.proposer import DSparkProposer, StepTokens
+from vllm_dspark.integration.sampler import DSparkRejectionSampler, RequestKeys
 from vllm_dspark.integration.scheduler import DSparkDraftTokenIds
-from vllm_dspark.types import DraftBlock
 
 _PROCESSORS = (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
 
@@ -57,8 +53,7 @@ class DSparkRunnerMixin:
         )
         self._drafted: Drafted | None = None
         self._drafted_req_ids: list[str] = []
-        # Drafts not verified yet: request id → (block, row in it).
-        self._pending: dict[str, tuple[DraftBlock, int]] = {}
+        self._pending = PendingDrafts()
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...]:
         """vLLM numbers a layer's input, DeepSpec its output: one more."""
@@ -88,7 +83,9 @@ class DSparkRunnerMixin:
         keys = RequestKeys(seeds, self.input_batch.num_tokens_no_spec[:n].copy())
         return self.rejection_sampler(
             spec_decode_metadata,
-            self._draft_probs_of(spec_decode_metadata),
+            self._pending.distributions(
+                self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens
+            ),
             logits,
             self.input_batch.sampling_metadata,
             keys,
@@ -97,27 +94,6 @@ class DSparkRunnerMixin:
     def _seeds(self) -> list[int | None]:
         params = (self.requests[r].sampling_params for r in self.input_batch.req_ids)
         return [p.seed if p is not None else None for p in params]
-
-    def _draft_probs_of(self, metadata: SpecDecodeMetadata) -> DraftProbs | None:
-        """Distributions of the drafts being verified, in the order of the batch.
-
-        Usually all come from the step before; a request that was not scheduled in
-        between still has its drafts, and their distributions, from an earlier one.
-        """
-        pieces: dict[int, tuple[DraftBlock, list[int], list[int]]] = {}
-        counts = metadata.num_draft_tokens
-        for i, (req_id, n) in enumerate(
-            zip(self.input_batch.req_ids, counts, strict=True)
-        ):
-            if n == 0:
-                continue
-            block, row = self._pending[req_id]
-            if block.draft_probs is None:
-                return None
-            piece = pieces.setdefault(id(block), (block, [], []))
-            piece[1].append(i)
-            piece[2].append(row)
-        return _gather_probs(list(pieces.values()), np.asarray(counts))
 
     # ---- drafting ----
 
@@ -148,7 +124,9 @@ class DSparkRunnerMixin:
             num_drafts,
         )
         self._drafted_req_ids = self.input_batch.req_ids.copy()
-        self._update_pending()
+        # ``requests``, not the step's finished ids: the last ones come in a step
+        # without tokens, which never gets here.
+        self._pending.update(self._drafted_req_ids, self._drafted, self.requests)
         # Only its type and width are looked at; the drafts travel in ``_drafted``.
         return sampled_token_ids.new_empty((len(self._drafted_req_ids), num_drafts))
 
@@ -176,17 +154,6 @@ class DSparkRunnerMixin:
             anchors=anchors,
             drafting=drafting,
         )
-
-    def _update_pending(self) -> None:
-        for req_id in self._drafted_req_ids:
-            self._pending.pop(req_id, None)
-        # Not by the step's finished ids: the last ones come in a step without tokens,
-        # which never gets here.
-        for req_id in self._pending.keys() - self.requests.keys():
-            del self._pending[req_id]
-        if self._drafted is not None:
-            for i, row in enumerate(self._drafted.rows.tolist()):
-                self._pending[self._drafted_req_ids[row]] = (self._drafted.block, i)
 
     def _draft_uniforms(
         self, rows: np.ndarray, anchor_positions: np.ndarray, k: int
@@ -221,44 +188,6 @@ class DSparkRunnerMixin:
                 confidences = np.zeros((len(req_ids), block.token_ids.shape[1]), "f4")
                 confidences[drafted.rows] = block.confidence.cpu().numpy()
         return DSparkDraftTokenIds(req_ids, tokens, confidences)
-
-
-def _gather_probs(
-    pieces: list[tuple[DraftBlock, list[int], list[int]]], counts: np.ndarray
-) -> DraftProbs | None:
-    """Rows of draft distributions in batch order.
-
-    Args:
-        pieces: per block, the requests of the batch with drafts in it and the rows
-            of the block that are theirs.
-        counts: [R] drafts of each request that are verified (a prefix of its block).
-    """
-    if not pieces:
-        return None
-    probs, supports, order = [], [], []
-    shared = None
-    for block, requests, rows in pieces:
-        assert block.draft_probs is not None
-        n = counts[requests]
-        k = block.draft_probs.shape[1]
-        offset = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-        index = torch.from_numpy(np.repeat(np.asarray(rows), n) * k + offset)
-        probs.append(
-            block.draft_probs.flatten(0, 1)[index.to(block.draft_probs.device)]
-        )
-        order.append(np.repeat(np.asarray(requests), n))
-        support = block.draft_support
-        if support is not None and support.shape[:2] == (1, 1):
-            shared = support.flatten(0, 1)
-        elif support is not None:
-            supports.append(support.flatten(0, 1)[index.to(support.device)])
-    merged = torch.cat(probs)
-    support = torch.cat(supports) if supports else shared
-    if len(pieces) > 1:
-        back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
-        merged = merged[back]
-        support = support[back] if supports and support is not None else support
-    return DraftProbs(merged, support)
 
 
 def _no_drafts(num_reqs: int, device: torch.device) -> SpecDecodeMetadata:

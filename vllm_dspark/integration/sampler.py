@@ -19,6 +19,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_dspark.integration import uniforms
+from vllm_dspark.integration.pending import DraftProbs
 from vllm_dspark.integration.rows import (
     GREEDY_EPS,
     Rows,
@@ -26,18 +27,6 @@ from vllm_dspark.integration.rows import (
     process,
 )
 from vllm_dspark.ops.rejection import RejectionResult, rejection_sample
-
-
-@dataclass(frozen=True)
-class DraftProbs:
-    """What the drafts of a batch were drawn from, rows as the drafts.
-
-    Shape: probs [N, S] float32; support [N, S] or [1, S] int32 target ids, or None
-    when column i is token i.
-    """
-
-    probs: torch.Tensor
-    support: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ class DSparkRejectionSampler(RejectionSampler):
         result = self._verify(final, rows, draft_probs, temperature, meta, keys)
         self.last_backend = result.backend
         logprobs = None
-        if meta.max_num_logprobs is not None:
+        if meta.max_num_logprobs is not None or meta.logprob_token_ids:
             source = final if self.is_processed_logprobs_mode else logits
             if source is logits and self.is_processed_logprobs_mode:
                 source = _scaled(logits, rows, meta)
@@ -138,7 +127,6 @@ class DSparkRejectionSampler(RejectionSampler):
 
         Cells past a request's last token hold a neighbour's row: vLLM filters them.
         """
-        assert meta.max_num_logprobs is not None
         width = token_ids.shape[1]
         cells = torch.tensor(rows.starts).unsqueeze(1) + torch.arange(width)
         cells = cells.clamp_(max=logits.shape[0] - 1).flatten().to(logits.device)
@@ -147,6 +135,15 @@ class DSparkRejectionSampler(RejectionSampler):
         picked = logits[cells].to(torch.float32)
         if not self.is_logits_logprobs_mode:
             picked = self.sampler.compute_logprobs(picked)
+        if meta.logprob_token_ids:
+            # Like vLLM's sampler: asked for by one, they are what all get.
+            wanted = {
+                request * width + j: ids
+                for request, ids in meta.logprob_token_ids.items()
+                for j in range(width)
+            }
+            return self.sampler.gather_specific_token_logprobs(picked, wanted, tokens)
+        assert meta.max_num_logprobs is not None
         return self.sampler.gather_logprobs(picked, meta.max_num_logprobs, tokens)
 
 

@@ -186,6 +186,11 @@ SYMBOLS: tuple[Symbol, ...] = (
         "logprobs num_logprobs token_ids",
         "called",
     ),
+    _s(
+        "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs",
+        "logprobs logprob_token_ids sampled",
+        "called",
+    ),
     _s("vllm.v1.sample.metadata:SamplingMetadata", None, "read"),
     _s("vllm.v1.spec_decode.metadata:SpecDecodeMetadata", None, "read"),
     _s(

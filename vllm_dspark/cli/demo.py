@@ -19,6 +19,11 @@ from vllm_dspark import provenance
 from vllm_dspark.cli import display, distribution, near_tie, report, target
 from vllm_dspark.cli.arms import Arm, run_arm
 from vllm_dspark.cli.server import Server, speculative_arguments
+from vllm_dspark.cli.settings import (
+    MEASURING_ARGUMENTS,
+    SERVER_ARGUMENTS,
+    SERVER_ENVIRONMENT,
+)
 
 PROMPTS = {
     "math": "A shop sells pens at 3 dollars each and notebooks at 5 dollars each. "
@@ -31,20 +36,6 @@ PROMPTS = {
 # Best measured on two cores with the demo drafter.
 DRAFT_TOKENS = 3
 SERVE_PORT = 8000
-
-# The same for both arms. Short contexts and few requests: less memory and start time.
-# No prefix caching: an answer asked twice must not skip its prefill the second time.
-SERVER_ARGUMENTS = ["--max-model-len", "2048", "--max-num-seqs", "8"]
-MEASURING_ARGUMENTS = ["--no-enable-prefix-caching"]
-SERVER_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "HF_HUB_OFFLINE": "1",  # everything is on disk
-    "VLLM_NO_USAGE_STATS": "1",
-    # vLLM 0.32 saves ahead-of-time compilations on CPU but cannot load them
-    # ("no attribute 'finalize_loading'") and compiles again at every start; torch's
-    # own cache works: 39 s to start the second time instead of 110.
-    "VLLM_USE_AOT_COMPILE": "0",
-}
 
 _EXAMPLE = """example:
   vllm-dspark demo                       about 5 minutes on a laptop
@@ -235,6 +226,7 @@ def _report(
         result = report.as_json(arms, found, PROMPTS)
         result["speculative_config"] = speculative_config(arguments, folders)
         result["server_arguments"] = SERVER_ARGUMENTS + MEASURING_ARGUMENTS
+        result["server_environment"] = SERVER_ENVIRONMENT
         result["eager"] = arguments.eager
         result["provenance"] = provenance.collect()
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

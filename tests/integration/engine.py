@@ -22,6 +22,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 KV_BYTES = 64 << 20
+_alive: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,13 @@ def engine(
         config = {"method": "dspark", "model": str(drafter), **(spec or {})}
         settings["speculative_config"] = config
     llm = LLM(**settings)
+    _alive.append(llm)
     try:
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
+        _alive.remove(llm)
         del llm
-        cleanup_dist_env_and_memory()
+        # Engines of one process share their process groups.
+        if not _alive:
+            cleanup_dist_env_and_memory()

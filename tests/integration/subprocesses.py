@@ -14,7 +14,14 @@ TIMEOUT = 300
 
 
 def run_python(code: str, *arguments: Any, **environment: str | None) -> Any:
-    """Run code and return what its last printed line holds, as JSON.
+    """The JSON that the code prints in a line of its own."""
+    return run_python_with_output(code, *arguments, **environment)[0]
+
+
+def run_python_with_output(
+    code: str, *arguments: Any, **environment: str | None
+) -> tuple[Any, str]:
+    """Run code; the JSON of its last line with any, and everything it printed.
 
     Args:
         code: reads its arguments from ``sys.argv[1:]``.
@@ -48,7 +55,8 @@ def run_python(code: str, *arguments: Any, **environment: str | None) -> Any:
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-6000:]
-    try:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        raise AssertionError(f"no JSON in the last line of:\n{output}") from None
+    # Engines may log their shutdown after the result.
+    for line in reversed(done.stdout.splitlines()):
+        if line[:1] in ("{", "[", '"'):
+            return json.loads(line), output
+    raise AssertionError(f"no JSON in:\n{output}")

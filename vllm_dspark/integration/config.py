@@ -183,3 +183,5 @@ def _set_scheduler(scheduler: Any) -> None:
             f"'dspark', which needs {SCHEDULER_CLS!r}: leave it out"
         )
     scheduler.scheduler_cls = SCHEDULER_CLS
+    # Drafts reach the scheduler after each step; CPU has async scheduling off anyway.
+    scheduler.async_scheduling = False

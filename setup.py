@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 INFO = runpy.run_path(str(CSRC.parent / "vllm_dspark" / "_build_info.py"))
@@ -73,17 +74,26 @@ class OptionalBuild(build_ext):
         x86 = platform.machine().lower() in {"x86_64", "amd64"}
         build_dir = Path(self.build_temp)
 
-        def compile_one(source: str) -> str:
-            isa = ISA_FLAGS.get(Path(source).stem, []) if x86 else []
+        def compile_with(source: str, isa: list[str]) -> str:
             (built,) = self.compiler.compile(
                 [source],
                 output_dir=str(build_dir),
                 macros=ext.define_macros,
                 include_dirs=[str(CSRC)],
                 extra_postargs=[*COMMON_FLAGS, *isa],
-                depends=[str(p) for p in CSRC.glob("*.h")],
             )
             return str(built)
+
+        def compile_one(source: str) -> str:
+            isa = ISA_FLAGS.get(Path(source).stem, []) if x86 else []
+            try:
+                return compile_with(source, isa)
+            except CompileError:
+                if not isa:
+                    raise
+                # A compiler that does not know the flags: the file compiles without
+                # them to "this build has no such kernels".
+                return compile_with(source, [])
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = list(pool.map(compile_one, ext.sources))

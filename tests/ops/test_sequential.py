@@ -212,3 +212,13 @@ def test_changed_weights_are_noticed(native: None) -> None:
     head.markov_w2.mul_(-3.0)
     assert_same(block.run("reference"), block.run("native"))
     assert not torch.equal(before.token_ids, block.run("native").token_ids)
+
+
+def test_one_head_for_blocks_of_two_shapes(native: None) -> None:
+    head = make_head(8, "none", confidence="none")
+    for columns, width in ((200, 24), (90, 24), (200, 7)):
+        block = make_block(8, head)
+        block = dataclasses.replace(
+            block, base=block.base[..., :columns], hidden=block.hidden[..., :width]
+        )
+        assert_same(block.run("reference"), block.run("native"))

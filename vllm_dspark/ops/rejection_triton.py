@@ -6,6 +6,9 @@ random one, and once more where a token is drawn. With TRITON_INTERPRET=1, set b
 triton is imported, the same kernel runs on CPU tensors.
 """
 
+# Kernels are no Python functions: their arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from collections.abc import Callable
 from typing import Any
 
@@ -15,128 +18,26 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_dspark.ops.rejection import RejectionInputs, RejectionResult
+from vllm_dspark.ops.row_scan_triton import argmax, draw, mass, normaliser
 
 BLOCK = 4096
 NUM_WARPS = 8
-# How drafts were drawn; a compile-time constant of the kernel.
-ONE_HOT, DENSE, SPARSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# How drafts were drawn (MODE, a compile-time constant of the kernel).
+ONE_HOT = tl.constexpr(0)
+DENSE = tl.constexpr(1)
+SPARSE = tl.constexpr(2)  # with draft_support
 
 
 @triton.jit
-def _load(row, offsets, vocab):  # type: ignore[no-untyped-def]
-    return tl.load(row + offsets, mask=offsets < vocab, other=float("-inf")).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def _weights(row, offsets, vocab, inv_t, top):  # type: ignore[no-untyped-def]
-    shifted = _load(row, offsets, vocab) * inv_t - top
-    return tl.where(shifted >= -87.0, tl.exp(shifted), 0.0)
-
-
-@triton.jit
-def _argmax(row, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Index of the largest logit, the lowest among equals."""
-    lanes = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    index = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab, BLOCK):
-        x = _load(row, start + lanes, vocab)
-        above = x > best
-        best = tl.where(above, x, best)
-        index = tl.where(above, start + lanes, index)
-    return tl.min(tl.where(best == tl.max(best, 0), index, vocab - 1), 0)
-
-
-@triton.jit
-def _normaliser(row, vocab, inv_t, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Largest scaled logit, and the float64 sum of the weights."""
-    lanes = tl.arange(0, BLOCK)
-    tops = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        tops = tl.maximum(tops, _load(row, start + lanes, vocab) * inv_t)
-    top = tl.max(tops, 0)
-    sums = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, vocab, BLOCK):
-        sums += _weights(row, start + lanes, vocab, inv_t, top).to(tl.float64)
-    return top, tl.sum(sums, 0)
-
-
-@triton.jit
-def _remaining(  # type: ignore[no-untyped-def]
-    row, q, offsets, vocab, inv_t, top, scale, removed, SUBTRACT: tl.constexpr
-):
-    """What a draw is made from: p, p without one id, or max(0, p - q)."""
-    w = _weights(row, offsets, vocab, inv_t, top)
-    if SUBTRACT:
-        drafted = tl.load(q + offsets, mask=offsets < vocab, other=0.0)
-        w = tl.maximum(w * scale - drafted, 0.0)
-    return tl.where(offsets == removed, 0.0, w)
-
-
-@triton.jit
-def _mass(  # type: ignore[no-untyped-def]
-    row,
-    q,
-    vocab,
-    inv_t,
-    top,
-    scale,
-    removed,
-    SUBTRACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    lanes = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, vocab, BLOCK):
-        w = _remaining(
-            row, q, start + lanes, vocab, inv_t, top, scale, removed, SUBTRACT
-        )
-        sums += w.to(tl.float64)
-    return tl.sum(sums, 0)
-
-
-@triton.jit
-def _draw(  # type: ignore[no-untyped-def]
-    row,
-    q,
-    vocab,
-    inv_t,
-    top,
-    scale,
-    removed,
-    target,
-    SUBTRACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """First id of positive weight whose cumulative weight exceeds `target`."""
-    lanes = tl.arange(0, BLOCK)
-    before = tl.zeros([], tl.float64)
-    found = vocab
-    last = 0  # the last id of positive weight, should rounding leave nothing above
-    start = 0
-    while (start < vocab) & (found >= vocab):
-        offsets = start + lanes
-        w = _remaining(row, q, offsets, vocab, inv_t, top, scale, removed, SUBTRACT)
-        sums = before + tl.cumsum(w.to(tl.float64), 0)
-        found = tl.min(tl.where((sums > target) & (w > 0), offsets, vocab), 0)
-        last = tl.maximum(last, tl.max(tl.where(w > 0, offsets, 0), 0))
-        before += tl.sum(w.to(tl.float64), 0)
-        start += BLOCK
-    return tl.where(found < vocab, found, last)
-
-
-@triton.jit
-def _draft_probability(  # type: ignore[no-untyped-def]
+def _draft_probability(
     q, support, size, x, vocab, MODE: tl.constexpr, CHUNK: tl.constexpr
 ):
     """q(x); x is any id."""
     valid = (x >= 0) & (x < vocab)
     value = tl.where(valid, 1.0, 0.0)
-    if MODE == 1:
+    if MODE == DENSE:
         value = tl.load(q + x, mask=valid, other=0.0)
-    if MODE == 2:
+    if MODE == SPARSE:
         value = 0.0
         lanes = tl.arange(0, CHUNK)
         # A bonus row has no support to read.
@@ -150,9 +51,7 @@ def _draft_probability(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scatter(  # type: ignore[no-untyped-def]
-    dense, q, support, size, vocab, CHUNK: tl.constexpr
-):
+def _scatter(dense, q, support, size, vocab, CHUNK: tl.constexpr):
     """Writes a truncated distribution into a row of zeros."""
     lanes = tl.arange(0, CHUNK)
     for start in range(0, size, CHUNK):
@@ -164,7 +63,58 @@ def _scatter(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def rejection_kernel(  # type: ignore[no-untyped-def]
+def _target_probability(row, x, vocab, inv_t, top, scale):
+    """p(x); x is any id."""
+    inside = (x >= 0) & (x < vocab)
+    z = tl.load(row + tl.where(inside, x, 0)).to(tl.float32) * inv_t - top
+    return tl.where(inside & (z >= -87.0), tl.exp(z), 0.0) * scale
+
+
+@triton.jit
+def _residual_draw(
+    row,
+    q,
+    ids,
+    size,
+    dense,
+    vocab,
+    inv_t,
+    top,
+    total,
+    scale,
+    x,
+    drafted,
+    u,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """A draw from the residual of draft x, or from p for a bonus row."""
+    token = vocab
+    if drafted:
+        if MODE == ONE_HOT:
+            rest = mass(row, q, vocab, inv_t, top, scale, x, False, BLOCK)
+            if rest > 0:
+                token = draw(
+                    row, q, vocab, inv_t, top, scale, x, u * rest, False, BLOCK
+                )
+        else:
+            from_q = q
+            if MODE == SPARSE:
+                _scatter(dense, q, ids, size, vocab, CHUNK)
+                from_q = dense
+            rest = mass(row, from_q, vocab, inv_t, top, scale, -1, True, BLOCK)
+            if rest > 1e-6:  # RESIDUAL_FLOOR of the reference
+                token = draw(
+                    row, from_q, vocab, inv_t, top, scale, -1, u * rest, True, BLOCK
+                )
+    if token >= vocab:
+        token = draw(row, q, vocab, inv_t, top, scale, -1, u * total, False, BLOCK)
+    return token.to(tl.int64)
+
+
+@triton.jit
+def rejection_kernel(
     logits,
     logits_stride,
     vocab,
@@ -208,7 +158,7 @@ def rejection_kernel(  # type: ignore[no-untyped-def]
         if RANDOM:  # noqa: SIM102 - decided when compiling, the next line when run
             if not greedy:
                 inv_t = tl.div_rn(1.0, t)
-                top, total = _normaliser(row, vocab, inv_t, BLOCK)
+                top, total = normaliser(row, vocab, inv_t, BLOCK)
                 proper = (top > float("-inf")) & (top < float("inf"))
                 if proper:
                     scale = (1.0 / total).to(tl.float32)
@@ -216,11 +166,8 @@ def rejection_kernel(  # type: ignore[no-untyped-def]
                     ids = support + i * support_stride
                     u = tl.load(accept_uniforms + i, mask=drafted, other=0.0)
                     qx = _draft_probability(q, ids, support_size, x, vocab, MODE, CHUNK)
-                    inside = (x >= 0) & (x < vocab)
-                    at = tl.where(inside, x, 0)
-                    z = tl.load(row + at).to(tl.float32) * inv_t - top
-                    px = tl.where(z >= -87.0, tl.exp(z), 0.0) * scale
-                    more = drafted & inside & (qx > 0)
+                    px = _target_probability(row, x, vocab, inv_t, top, scale)
+                    more = drafted & (qx > 0)
                     more = more & (u * qx.to(tl.float64) < px.to(tl.float64))
                     token = x
                     if not more:
@@ -244,54 +191,11 @@ def rejection_kernel(  # type: ignore[no-untyped-def]
                             CHUNK,
                         )
         if not proper:
-            token = _argmax(row, vocab, BLOCK).to(tl.int64)
+            token = argmax(row, vocab, BLOCK).to(tl.int64)
             more = drafted & (token == x)
         tl.store(token_ids + r * width + k, token.to(tl.int32))
         k += 1
     tl.store(num_emitted + r, k.to(tl.int32))
-
-
-@triton.jit
-def _residual_draw(  # type: ignore[no-untyped-def]
-    row,
-    q,
-    ids,
-    size,
-    dense,
-    vocab,
-    inv_t,
-    top,
-    total,
-    scale,
-    x,
-    drafted,
-    u,
-    MODE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """A draw from the residual of draft x, or from p for a bonus row."""
-    token = vocab
-    if drafted:
-        if MODE == 0:
-            mass = _mass(row, q, vocab, inv_t, top, scale, x, False, BLOCK)
-            if mass > 0:
-                token = _draw(
-                    row, q, vocab, inv_t, top, scale, x, u * mass, False, BLOCK
-                )
-        else:
-            from_q = q
-            if MODE == 2:
-                _scatter(dense, q, ids, size, vocab, CHUNK)
-                from_q = dense
-            mass = _mass(row, from_q, vocab, inv_t, top, scale, -1, True, BLOCK)
-            if mass > 1e-6:  # RESIDUAL_FLOOR of the reference
-                token = _draw(
-                    row, from_q, vocab, inv_t, top, scale, -1, u * mass, True, BLOCK
-                )
-    if token >= vocab:
-        token = _draw(row, q, vocab, inv_t, top, scale, -1, u * total, False, BLOCK)
-    return token.to(tl.int64)
 
 
 def checked_run(logits: Tensor) -> Callable[[RejectionInputs], RejectionResult]:
@@ -307,11 +211,11 @@ def checked_run(logits: Tensor) -> Callable[[RejectionInputs], RejectionResult]:
 
 def launch_options(inputs: RejectionInputs, block: int = BLOCK) -> dict[str, Any]:
     """Compile-time constants for these inputs."""
-    mode = 0
+    mode = ONE_HOT
     if inputs.draft_probs is not None:
-        mode = 1 if inputs.draft_support is None else 2
+        mode = DENSE if inputs.draft_support is None else SPARSE
     return {
-        "MODE": mode,
+        "MODE": mode.value,
         "RANDOM": inputs.temperature is not None,
         "BLOCK": block,
         "CHUNK": min(block, 1024),

@@ -20,7 +20,8 @@ from vllm_dspark.ops.sequential import (
 )
 from vllm_dspark.ops.sequential_reference import whole_support
 
-_handles: "weakref.WeakKeyDictionary[SequentialHead, tuple[Any, int]]" = (
+# The extension's object, and what it was made for: see `handle`.
+_handles: "weakref.WeakKeyDictionary[SequentialHead, tuple[Any, tuple[int, ...]]]" = (
     weakref.WeakKeyDictionary()
 )
 
@@ -42,9 +43,9 @@ def _version(weight: Tensor | None) -> int:
 
 def handle(head: SequentialHead, draft_vocab: int, hidden: int) -> Any:
     """The extension's object for these weights, made once."""
-    version = _version(head.markov_w2)
+    made_for = (draft_vocab, hidden, _version(head.markov_w2))
     known = _handles.get(head)
-    if known is not None and known[1] == version:
+    if known is not None and known[1] == made_for:
         return known[0]
     weights = (
         head.markov_w1,
@@ -57,7 +58,7 @@ def handle(head: SequentialHead, draft_vocab: int, hidden: int) -> Any:
     )
     capsules = [capsule(None if w is None else w.detach()) for w in weights]
     made = require().head_new(head.head_type, draft_vocab, hidden, *capsules)
-    _handles[head] = (made, version)
+    _handles[head] = (made, made_for)
     return made
 
 

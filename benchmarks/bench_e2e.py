@@ -27,8 +27,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_dspark import provenance
-from vllm_dspark.cli.demo import SERVER_ENVIRONMENT
 from vllm_dspark.cli.server import Server, speculative_arguments
+from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 
 DOMAINS = {
     "gsm8k": "math",

@@ -25,8 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_dspark import provenance
-from vllm_dspark.cli.demo import SERVER_ENVIRONMENT
 from vllm_dspark.cli.server import Server, speculative_arguments
+from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 
 PREFIX = "You are a careful assistant. Think before you answer. " * 8
 SCHEMA = {
@@ -112,7 +112,7 @@ class Load:
             messages = [{"role": "system", "content": PREFIX}, *messages[-1:]]
         settings: dict[str, Any] = {
             "temperature": 0.0,
-            "max_tokens": rng.randint(1, 96),
+            "max_tokens": rng.randint(1, 192),
         }
         return client.chat.completions.create(
             model="target", messages=messages, **{**settings, **extra}
@@ -179,7 +179,7 @@ def main() -> int:
     }
     serve = ["--served-model-name", "target", "--dtype", args.dtype, "--enforce-eager"]
     serve += ["--max-model-len", "1024", "--max-num-seqs", "8", "--block-size", "32"]
-    serve += ["--max-num-batched-tokens", "128", "--num-gpu-blocks-override", "40"]
+    serve += ["--max-num-batched-tokens", "128", "--num-gpu-blocks-override", "34"]
     serve += ["--enable-prefix-caching", *speculative_arguments(spec)]
     log = args.logs / "server.log"
     with Server(args.target, serve, log, SERVER_ENVIRONMENT) as server:
@@ -192,9 +192,7 @@ def main() -> int:
         last = probe(server, prompts, args.probe_tokens)
         totals = counters(server)
     same = first["texts"] == last["texts"]
-    print(
-        f"after:  τ {last['tau']:.4f} over {last['rounds']:.0f} rounds; texts same: {same}"
-    )
+    print(f"after:  τ {last['tau']:.4f} over {last['rounds']:.0f} rounds, same: {same}")
     print(f"requests {dict(load.counts)}, failures {load.failures}, totals {totals}")
     if args.json:
         record = {

@@ -137,7 +137,7 @@ def test_uncured_vllm_is_named_before_anything_starts(fake_demo, monkeypatch, ca
 def test_real_servers(tmp_path):
     """`vllm-dspark demo` as typed, shortened: lossless, and drafts are accepted."""
     out = tmp_path / "demo.json"
-    command = [str(Path(sys.executable).with_name("vllm-dspark")), "demo", "--eager"]
+    command = [str(Path(sys.executable).with_name("vllm-dspark")), "demo"]
     command += ["--json", str(out), "--max-tokens", "48", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

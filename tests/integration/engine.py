@@ -22,7 +22,6 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 KV_BYTES = 64 << 20
-_alive: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,10 @@ def engine(
         config = {"method": "dspark", "model": str(drafter), **(spec or {})}
         settings["speculative_config"] = config
     llm = LLM(**settings)
-    _alive.append(llm)
     try:
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
-        _alive.remove(llm)
         del llm
-        # Engines of one process share their process groups.
-        if not _alive:
-            cleanup_dist_env_and_memory()
+        # Also ends the process groups of other engines in this process.
+        cleanup_dist_env_and_memory()

@@ -21,7 +21,12 @@ from tests.integration.engine import Engine, engine
 PROMPTS = [[5, 9, 17, 33, 8], [7] * 3, list(range(3, 40)), [100, 50]]
 LENGTH = 30
 TOLERANCE = 1e-5
-MODES = ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+MODES = [
+    "raw_logprobs",
+    "processed_logprobs",
+    pytest.param("raw_logits", marks=pytest.mark.slow),
+    pytest.param("processed_logits", marks=pytest.mark.slow),
+]
 # Deterministic, greedy and not.
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},

@@ -8,7 +8,9 @@ reach the rows of their request only. The regimes catch different bugs:
 * greedy drafts (one-hot q): accepted with p(x), and the residual leaves x out;
 * probabilistic drafts: q must be the distribution that the draft was drawn from;
 * truncated drafts (``dspark_draft_topk``) and a reduced vocabulary: q has a support;
-* ragged verification: requests of a batch verify different numbers of drafts.
+* ragged verification: requests of a batch verify different numbers of drafts;
+* more requests than a step has room for: those left out verify older drafts, so that
+  the distributions of a batch come from several steps.
 
 Every setting is also held against the distribution without its feature, which must be
 refuted by the same draws.
@@ -24,10 +26,10 @@ import numpy as np
 import pytest
 
 from tests.integration import exact
-from tests.integration.engine import Engine, engine
+from tests.integration.engine import KV_BYTES, Engine, engine
 from tests.tiny import make_tiny_drafter
 
-PROMPT = [5, 9, 17, 8]
+PROMPT = [5, 9]  # shorter than a verified block: see `blocks`
 LENGTH = 3
 # A right sampler fails one test in ten thousand, with other seeds than these.
 ENOUGH, WRONG = 1e-4, 1e-6
@@ -91,10 +93,31 @@ def sampling(
     if drafter_settings:
         folder = tmp_path_factory.mktemp("drafter")
         drafter = make_tiny_drafter(folder, target, **drafter_settings)
-    sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 4096, "max_model_len": 64}
+    sizes = {
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 256,
+        "max_model_len": 64,
+        "kv_cache_memory_bytes": 4 * KV_BYTES,
+    }
     with engine(target, drafter, spec=spec, **sizes) as sampling:
         trim_drafts(sampling)
         yield sampling
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many drafting steps the distributions of each verification came from."""
+    from vllm_dspark.integration import pending
+
+    counts: list[int] = []
+    gather = pending._gather
+
+    def counted(pieces: list[Any], *args: Any) -> Any:
+        counts.append(len(pieces))
+        return gather(pieces, *args)
+
+    monkeypatch.setattr(pending, "_gather", counted)
+    return counts
 
 
 def trim_drafts(engine: Engine) -> None:
@@ -139,7 +162,7 @@ def check(
 
 
 def test_every_setting_in_one_batch(
-    sampling: Engine, next_logits: exact.NextLogits
+    sampling: Engine, next_logits: exact.NextLogits, blocks: list[int]
 ) -> None:
     before = sampling.stats()
     draws = draw(sampling, [right for right, _ in SETTINGS.values()], 1500, seed=1)
@@ -147,6 +170,8 @@ def test_every_setting_in_one_batch(
     accepted = after.accepted - before.accepted
     drafted = after.draft_tokens - before.draft_tokens
     assert 0.05 < accepted / drafted < 0.9
+    if sampling.runner.drafter.probabilistic:
+        assert max(blocks) > 1
     assert sampling.runner.rejection_sampler.last_backend == "native"
     for name, mine in zip(SETTINGS, draws, strict=True):
         right, wrong = (

@@ -39,6 +39,7 @@ def test_equidistributed(axis: object, purpose: int) -> None:
 @pytest.mark.parametrize("axis", [by_position, by_seed])
 def test_purposes_and_neighbours_are_independent(axis: object) -> None:
     """Pairs fill the square evenly, whichever two streams they are from."""
+    assert len(set(PURPOSES)) == 3
     streams = {f"purpose {p}": axis(p) for p in PURPOSES}
     streams["next"] = np.roll(streams["purpose 1"], 1)
     streams["fourth"] = np.roll(streams["purpose 1"], 4)

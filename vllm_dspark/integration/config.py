@@ -129,14 +129,41 @@ def check_drafter_config(path: str | None) -> None:
         checkpoint.load_config(path)
 
 
+def drafter_folder(speculative_config: Any) -> str:
+    """The drafter's local folder; a repository name is fetched into the hub's cache.
+
+    Only JSON and safetensors files are fetched.
+
+    Raises:
+        ValueError: neither a folder nor a repository that can be had.
+    """
+    name, revision = speculative_config.model, speculative_config.revision
+    if name is not None and os.path.isdir(name):
+        return str(name)
+    return _fetched(name, revision)
+
+
+@lru_cache(maxsize=8)
+def _fetched(name: str | None, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors"]
+    try:
+        if name is None:
+            raise ValueError("no name given")
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+    # The hub's client raises errors of its own, of httpx and of the file system.
+    except Exception as error:
+        raise ValueError(
+            f"speculative_config.model={name!r} is neither a folder nor a repository "
+            f"that could be fetched ({error}); give the path of a DSpark drafter "
+            "(config.json + model.safetensors)"
+        ) from error
+
+
 def _validate_drafter(vllm_config: Any) -> None:
     spec = vllm_config.speculative_config
-    path = spec.model
-    if path is None or not os.path.isdir(path):
-        raise ValueError(
-            f"speculative_config.model={path!r} is not a folder; give the path of a "
-            "DSpark drafter (config.json + model.safetensors)"
-        )
+    path = drafter_folder(spec)
     config = _checked_config(path, _fingerprint(path))
     target = TargetFacts.from_hf_config(
         vllm_config.model_config.hf_text_config.to_dict()

@@ -27,7 +27,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_dspark.integration.config import options
+from vllm_dspark.integration.config import drafter_folder, options
 from vllm_dspark.integration.model import DSparkDraftModel
 from vllm_dspark.integration.pending import Drafted
 from vllm_dspark.model import checkpoint
@@ -75,7 +75,8 @@ class DSparkProposer(DFlashProposer):
         self.backend = options(vllm_config).backend
         self.draft_topk: int | None = spec.dspark_draft_topk
         self.probabilistic = spec.draft_sample_method == "probabilistic"
-        self.drafter = checkpoint.load_config(spec.model)
+        self.folder = drafter_folder(spec)
+        self.drafter = checkpoint.load_config(self.folder)
         self.last_backend = "none"
         self.nonfinite_drafts = 0
         # Positions the drafter's rotary table covers.
@@ -91,7 +92,7 @@ class DSparkProposer(DFlashProposer):
             ValueError: NaN or otherwise unusable weights (names the tensor).
         """
         before = self._attention_layers()
-        state = checkpoint.load_state(self.speculative_config.model)
+        state = checkpoint.load_state(self.folder)
         config = self._create_draft_vllm_config()
         with (
             set_model_tag("dspark_head"),

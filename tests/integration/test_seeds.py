@@ -149,6 +149,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_vllm_alone_dies_of_a_chunked_seeded_prefill(tiny_target: Path) -> None:
     """Why seeds are ours. Should this fail, vLLM has repaired it: see `uniforms`."""
     error = run_python(CRASH, tiny_target, VLLM_PLUGINS="")

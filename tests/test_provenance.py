@@ -24,6 +24,11 @@ def test_the_command_defaults_to_this_process():
     assert provenance.collect()["command"] == sys.orig_argv
 
 
+def test_folders_of_this_machine_are_left_out():
+    command = [f"{Path.home()}/models/x", f"--out={Path.cwd()}/y"]
+    assert provenance.collect(command)["command"] == ["~/models/x", "--out=./y"]
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A repository with a copy of the module in it, committed."""

@@ -32,7 +32,7 @@ def collect(command: list[str] | None = None) -> dict[str, Any]:
         ['command', 'git', 'machine']
     """
     return {
-        "command": command if command is not None else [*sys.orig_argv],
+        "command": [_portable(a) for a in command or sys.orig_argv],
         "time_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -40,6 +40,13 @@ def collect(command: list[str] | None = None) -> dict[str, Any]:
         "machine": _machine(),
         "git": _git(Path(__file__).resolve().parent),
     }
+
+
+def _portable(argument: str) -> str:
+    """An argument without this machine's folders, so that a record can be published."""
+    for folder, name in ((Path.cwd(), "."), (Path.home(), "~")):
+        argument = argument.replace(str(folder), name)
+    return argument
 
 
 def _version(distribution: str) -> str | None:

@@ -15,19 +15,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import statistics
 import sys
-import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_dspark import provenance
-from vllm_dspark.cli.server import Server, speculative_arguments
+from vllm_dspark.cli import near_tie
+from vllm_dspark.cli.arms import (
+    Answer,
+    ask,
+    connect,
+    geometric_mean,
+    speculation_between,
+)
+from vllm_dspark.cli.server import Metrics, Server, speculative_arguments
 from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 
 DOMAINS = {
@@ -47,53 +53,19 @@ NGRAM = {
 
 
 @dataclass
-class Answer:
-    """One streamed answer."""
-
-    domain: str
-    seconds: float
-    first_token: float
-    tokens: int
-    text: str
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second from sending the request to the last token."""
-        return self.tokens / self.seconds
-
-
-@dataclass
 class Arm:
-    """One server and what it answered."""
+    """One server and what it answered, by the number of the prompt."""
 
     name: str
     spec: dict[str, Any] | None
     server: Server
-    answers: list[Answer] = field(default_factory=list)
+    before: Metrics
+    answers: dict[str, Answer] = field(default_factory=dict)
 
-    def ask(self, model: str, messages: list[Any], domain: str, limit: int) -> Answer:
-        """Stream one answer and note how long it took."""
-        from openai import OpenAI
-
-        client = OpenAI(base_url=f"{self.server.url}/v1", api_key="none")
-        start = time.perf_counter()
-        stream = client.chat.completions.create(
-            model=model,
-            messages=messages,
-            temperature=0.0,
-            max_tokens=limit,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        first, tokens, pieces = 0.0, 0, []
-        for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
-                first = first or time.perf_counter() - start
-                pieces.append(chunk.choices[0].delta.content)
-            if chunk.usage:
-                tokens = chunk.usage.completion_tokens
-        seconds = time.perf_counter() - start
-        return Answer(domain, seconds, first, tokens, "".join(pieces))
+    def ask(self, number: int, messages: list[Any], limit: int) -> None:
+        """Stream one answer and keep it."""
+        client = connect(self.server)
+        self.answers[str(number)] = ask(client, messages, limit, lambda *_: None)
 
 
 def load_prompts(path: Path, per_domain: int, longest: int) -> list[tuple[str, Any]]:
@@ -112,53 +84,37 @@ def load_prompts(path: Path, per_domain: int, longest: int) -> list[tuple[str, A
     ]
 
 
-def spec_metrics(server: Server) -> dict[str, Any]:
-    """τ and acceptance per position since the server started."""
-    names = ("drafts", "accepted_tokens", "accepted_tokens_per_pos")
-    found: dict[str, Any] = {"accepted_tokens_per_pos": {}}
-    for (name, labels), value in server.metrics().items():
-        short = name.removeprefix("vllm:spec_decode_num_").removesuffix("_total")
-        if short == "accepted_tokens_per_pos":
-            found[short][int(dict(labels)["position"])] = value
-        elif name.endswith("_total") and short in names:
-            found[short] = value
-    drafts = found.get("drafts")
-    if not drafts:
-        return {}
-    positions = sorted(found["accepted_tokens_per_pos"].items())
-    return {
-        "tau": 1 + found["accepted_tokens"] / drafts,
-        "acceptance_per_position": [v / drafts for _, v in positions],
-    }
-
-
-def summarise(arms: list[Arm]) -> dict[str, Any]:
+def summarise(
+    arms: list[Arm], prompts: list[tuple[str, Any]], target: Path
+) -> dict[str, Any]:
     """Speed, ratio to ``none`` and text equality, per domain and over all."""
     base = arms[0].answers
     out: dict[str, Any] = {}
     for arm in arms:
         domains: dict[str, Any] = {}
-        for domain in sorted({a.domain for a in base}):
-            pairs = [
-                (a, b)
-                for a, b in zip(arm.answers, base, strict=True)
-                if a.domain == domain
-            ]
-            speed = [a.speed for a, _ in pairs]
-            ratios = [a.speed / b.speed for a, b in pairs]
+        for domain in sorted({d for d, _ in prompts}):
+            numbers = [str(i) for i, (d, _) in enumerate(prompts) if d == domain]
+            pairs = [(arm.answers[n], base[n]) for n in numbers]
+            speed = [a.tokens_per_second for a, _ in pairs]
+            ratios = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
             domains[domain] = {
                 "tok_s": statistics.median(speed),
                 "ratio": statistics.median(ratios),
-                "ttft_ms": 1000 * statistics.median(a.first_token for a, _ in pairs),
-                "texts_equal": sum(a.text == b.text for a, b in pairs),
+                "texts_equal": sum(a.token_ids == b.token_ids for a, b in pairs),
                 "prompts": len(pairs),
             }
-        logs = [math.log(d["ratio"]) for d in domains.values()]
+        counted = speculation_between(arm.before, arm.server.metrics())
         out[arm.name] = {
             "domains": domains,
-            "ratio": math.exp(sum(logs) / len(logs)),
+            "ratio": geometric_mean([d["ratio"] for d in domains.values()]),
             "speculative_config": arm.spec,
-            **spec_metrics(arm.server),
+            "tau": counted.accepted_length if counted else None,
+            "acceptance_per_position": (
+                counted.acceptance_per_position if counted else None
+            ),
+            "differences": [
+                asdict(d) for d in near_tie.differences(target, base, arm.answers)
+            ],
         }
     return out
 
@@ -170,15 +126,18 @@ def show(result: dict[str, Any]) -> None:
 
     domains = list(next(iter(result.values()))["domains"])
     table = Table(title="ratio to no speculation (median tok/s), one stream")
-    for name in ("arm", *domains, "geometric mean", "τ", "texts equal"):
+    headings = ("geometric mean", "τ", "texts equal", "largest gap")
+    for name in ("arm", *domains, *headings):
         table.add_column(name)
     for name, arm in result.items():
         rows = arm["domains"]
         cells = [f"{d['ratio']:.2f} ({d['tok_s']:.0f})" for d in rows.values()]
         equal = sum(d["texts_equal"] for d in rows.values())
         total = sum(d["prompts"] for d in rows.values())
-        tau = f"{arm['tau']:.2f}" if "tau" in arm else "-"
-        table.add_row(name, *cells, f"{arm['ratio']:.3f}", tau, f"{equal}/{total}")
+        tau = f"{arm['tau']:.2f}" if arm["tau"] else "-"
+        gaps = [d["gap_float32"] for d in arm["differences"]]
+        cells += [f"{arm['ratio']:.3f}", tau, f"{equal}/{total}"]
+        table.add_row(name, *cells, f"{max(gaps):.3f}" if gaps else "-")
     Console().print(table)
 
 
@@ -215,7 +174,7 @@ def main() -> None:
     args = parse()
     prompts = load_prompts(args.prompts, args.per_domain, args.longest)
     common = ["--max-model-len", "2048", "--max-num-seqs", "8"]
-    common += ["--no-enable-prefix-caching", "--served-model-name", "target"]
+    common += ["--no-enable-prefix-caching"]
     common += ["--enforce-eager"] if args.enforce_eager else []
     with contextlib.ExitStack() as stack:
         arms = []
@@ -229,16 +188,15 @@ def main() -> None:
             stack.enter_context(server)
             seconds = server.wait_ready(lambda *_: None)
             print(f"{name}: ready after {seconds:.0f} s", flush=True)
-            arms.append(Arm(name, spec, server))
-        for arm in arms:  # the first request compiles and warms caches
-            arm.ask("target", prompts[0][1], "", 16)
+            # The first request compiles and warms caches; it is not counted.
+            ask(connect(server), prompts[0][1], 16, lambda *_: None)
+            arms.append(Arm(name, spec, server, server.metrics()))
         for i, (domain, messages) in enumerate(prompts):
             order = arms[i % len(arms) :] + arms[: i % len(arms)]
             for arm in order:
-                answer = arm.ask("target", messages, domain, args.max_tokens)
-                arm.answers.append(answer)
+                arm.ask(i, messages, args.max_tokens)
             print(f"{i + 1}/{len(prompts)} {domain}", end="\r", flush=True)
-        result = summarise(arms)
+        result = summarise(arms, prompts, Path(args.target))
     show(result)
     if args.json:
         record = {"arms": result, "provenance": provenance.collect()}

@@ -98,15 +98,15 @@ def run_arm(
         max_tokens: tokens an answer may have.
         repeats: how often each prompt is asked.
     """
-    client = _client(server)
+    client = connect(server)
     # The first requests of a server are slower (threads, caches); not measured.
     for prompt in prompts.values():
-        _ask(client, prompt, 8, lambda text, tokens: None)
+        ask(client, _user(prompt), 8, lambda text, tokens: None)
     before = server.metrics()
     for repeat in range(repeats):
         for name, prompt in prompts.items():
             show = printer(name) if repeat == 0 else lambda text, tokens: None
-            answer = _ask(client, prompt, max_tokens, show)
+            answer = ask(client, _user(prompt), max_tokens, show)
             server.check_alive()
             if repeat == 0:
                 arm.answers[name] = answer
@@ -115,7 +115,8 @@ def run_arm(
     arm.speculation = speculation_between(before, server.metrics())
 
 
-def _client(server: Server) -> Any:
+def connect(server: Server) -> Any:
+    """An openai client of the server."""
     from openai import OpenAI
 
     # No retries: a second try would hide a failure and spoil the time.
@@ -124,8 +125,12 @@ def _client(server: Server) -> Any:
     )
 
 
-def _ask(client: Any, prompt: str, max_tokens: int, show: Printer) -> Answer:
-    """Stream one greedy answer."""
+def _user(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def ask(client: Any, messages: list[Any], max_tokens: int, show: Printer) -> Answer:
+    """Stream one greedy answer to a conversation."""
     model = client.models.list().data[0].id
     text = ""
     prompt_ids: list[int] = []
@@ -133,7 +138,7 @@ def _ask(client: Any, prompt: str, max_tokens: int, show: Printer) -> Answer:
     start = end = time.perf_counter()
     stream = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": prompt}],
+        messages=messages,
         temperature=0,
         max_tokens=max_tokens,
         stream=True,

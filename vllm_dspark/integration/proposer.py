@@ -14,21 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.model_loader.utils import (
-    initialize_model,
-    process_weights_after_loading,
-)
-from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dspark.integration.config import drafter_folder, options
-from vllm_dspark.integration.model import DSparkDraftModel
+from vllm_dspark.integration.loader import load_draft_model
 from vllm_dspark.integration.pending import Drafted
 from vllm_dspark.model import checkpoint
 from vllm_dspark.ops.sequential import SequentialDraft, draft_sequential
@@ -92,23 +86,9 @@ class DSparkProposer(DFlashProposer):
             ValueError: NaN or otherwise unusable weights (names the tensor).
         """
         before = self._attention_layers()
-        state = checkpoint.load_state(self.folder)
-        config = self._create_draft_vllm_config()
-        with (
-            set_model_tag("dspark_head"),
-            set_default_torch_dtype(self.draft_model_config.dtype),
-            self.device,
-        ):
-            model = initialize_model(
-                config,
-                model_class=DSparkDraftModel,
-                model_config=self.draft_model_config,
-            )
-        assert isinstance(model, DSparkDraftModel)
-        model.load_state(state, self.drafter, target_model)
-        process_weights_after_loading(model, self.draft_model_config, self.device)
-        model.share_with_target(state, self.drafter, target_model)
-        self.model = model.eval()
+        self.model = load_draft_model(
+            self._create_draft_vllm_config(), self.folder, target_model, self.device
+        )
         self._draft_attn_layer_names = self._attention_layers() - before
 
     def _attention_layers(self) -> set[str]:

@@ -11,6 +11,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TIMEOUT = 300
+# Set in the test process by `vllm-dspark check` and by vLLM's CPU platform.
+LEFT_BY_OTHER_TESTS = ("VLLM_LOGGING_LEVEL", "LD_PRELOAD")
 
 
 def run_python(code: str, *arguments: Any, **environment: str | None) -> Any:
@@ -32,7 +34,7 @@ def run_python_with_output(
         AssertionError: it failed; its output is in the message.
     """
     env = {
-        **os.environ,
+        **{k: v for k, v in os.environ.items() if k not in LEFT_BY_OTHER_TESTS},
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

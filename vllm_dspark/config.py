@@ -103,39 +103,55 @@ def resolve_num_speculative_tokens(requested: int | None, block_size: int) -> in
     return requested
 
 
-def _option(default: str, choices: tuple[str, ...]) -> Any:
-    return field(default=default, metadata={"choices": choices})
+def _choice(default: str, *choices: str) -> Any:
+    """An option with a fixed set of values."""
+
+    def check(value: Any) -> str | None:
+        return None if value in choices else f"choose one of {', '.join(choices)}"
+
+    return field(default=default, metadata={"check": check})
+
+
+def _optional_path() -> Any:
+    """An option that names a file, or None."""
+
+    def check(value: Any) -> str | None:
+        if value is None or (isinstance(value, str) and value):
+            return None
+        return "it must be the path of a file, or null"
+
+    return field(default=None, metadata={"check": check})
 
 
 @dataclass(frozen=True, slots=True)
 class DSparkOptions:
     """Our own keys, from ``additional_config["dspark"]``.
 
-    A new key is one new field here: its default, its choices and its check follow.
+    A new key is one new field here: its default and its check follow.
 
     Args:
         backend: which implementation of the operations runs: ``native`` is C++,
             ``reference`` plain torch, ``auto`` the fastest one that is there.
+        trace: file to which every decoding round is appended, one JSON line each
+            (``integration/trace.py`` names the keys); None writes nothing.
     """
 
-    backend: str = _option("auto", ("auto", "native", "reference"))
+    backend: str = _choice("auto", "auto", "native", "reference")
+    trace: str | None = _optional_path()
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value, choices = getattr(self, spec.name), spec.metadata["choices"]
-            if value not in choices:
-                raise ValueError(
-                    f"dspark option {spec.name!r} is {value!r}; choose one of "
-                    f"{', '.join(choices)}"
-                )
+            value = getattr(self, spec.name)
+            if (problem := spec.metadata["check"](value)) is not None:
+                raise ValueError(f"dspark option {spec.name!r} is {value!r}; {problem}")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any] | None) -> DSparkOptions:
         """Read the ``dspark`` object of ``additional_config``; None means defaults.
 
         Raises:
-            ValueError: not an object, an unknown key, or a value not among a key's
-                choices.
+            ValueError: not an object, an unknown key, or a value that its key
+                does not take.
         """
         if raw is None:
             return cls()

@@ -91,6 +91,9 @@ SYMBOLS: tuple[Symbol, ...] = (
     _s(_RUNNER + "._get_eagle3_aux_layers_from_config", "", "overridden"),
     _s(_RUNNER + "._input_fits_in_drafter", "common_attn_metadata", "overridden"),
     _s(_RUNNER + "._sample", "logits spec_decode_metadata", "overridden"),
+    _s(_RUNNER + "._update_states", "scheduler_output", "overridden: trace"),
+    _s(_RUNNER + ".shutdown", "", "overridden: trace"),
+    _s("vllm.distributed:get_tensor_model_parallel_rank", "", "called"),
     _s(_RUNNER + "._get_positions", None, "called"),
     _s(
         _RUNNER + ".propose_draft_token_ids",

@@ -60,12 +60,20 @@ def activate(vllm_config: Any) -> None:
             worker or scheduler class of the user's that is not ours.
     """
     compat.require()
-    options(vllm_config)
+    _check_trace(options(vllm_config).trace)
     _refuse_unsupported(vllm_config)
     _validate_drafter(vllm_config)
     _set_worker(vllm_config.parallel_config)
     _set_scheduler(vllm_config.scheduler_config)
     patches.activate()
+
+
+def _check_trace(trace: str | None) -> None:
+    if trace is not None and not os.path.isdir(os.path.dirname(trace) or "."):
+        raise ValueError(
+            f"dspark option 'trace' is {trace!r}, but there is no folder "
+            f"{os.path.dirname(trace)}; make it first"
+        )
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:

@@ -62,6 +62,15 @@ class PendingDrafts:
             for i, row in enumerate(drafted.rows.tolist()):
                 self._at[req_ids[row]] = (drafted.block, i)
 
+    def confidence(self, req_id: str, count: int) -> list[float]:
+        """c_1..c_count of a request's drafts; empty without a confidence head."""
+        if not count:
+            return []
+        block, row = self._at[req_id]
+        if block.confidence is None:
+            return []
+        return block.confidence[row, :count].tolist()
+
     def distributions(
         self, req_ids: Sequence[str], counts: Sequence[int]
     ) -> DraftProbs | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import (
@@ -31,6 +32,7 @@ from vllm_dspark.integration.pending import Drafted, PendingDrafts
 from vllm_dspark.integration.proposer import DSparkProposer, StepTokens
 from vllm_dspark.integration.sampler import DSparkRejectionSampler, RequestKeys
 from vllm_dspark.integration.scheduler import DSparkDraftTokenIds
+from vllm_dspark.integration.trace import Trace
 
 _PROCESSORS = (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
 
@@ -43,9 +45,8 @@ class DSparkRunnerMixin:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
         self.drafter = DSparkProposer(vllm_config, device, self)
         self.use_aux_hidden_state_outputs = True
-        self.rejection_sampler = DSparkRejectionSampler(
-            self.sampler, options(vllm_config).backend
-        )
+        chosen = options(vllm_config)
+        self.rejection_sampler = DSparkRejectionSampler(self.sampler, chosen.backend)
         # With speculation vLLM leaves out min-p and logit bias; our sampler applies
         # them to every row, so they are put back.
         self.input_batch.logitsprocs = LogitsProcessors(
@@ -54,6 +55,9 @@ class DSparkRunnerMixin:
         self._drafted: Drafted | None = None
         self._drafted_req_ids: list[str] = []
         self._pending = PendingDrafts()
+        self._trace: Trace | None = None
+        if chosen.trace is not None and get_tensor_model_parallel_rank() == 0:
+            self._trace = Trace(chosen.trace)
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...]:
         """vLLM numbers a layer's input, DeepSpec its output: one more."""
@@ -66,7 +70,43 @@ class DSparkRunnerMixin:
 
     # ---- verification ----
 
+    def _update_states(self, scheduler_output: Any) -> Any:
+        if self._trace is not None and scheduler_output.finished_req_ids:
+            self._trace.flush()  # whoever waited for a request finds all its rounds
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        # An offline engine takes no further step after its last request.
+        if self._trace is not None:
+            self._trace.flush()
+        super().shutdown()  # type: ignore[misc]
+
     def _sample(
+        self,
+        logits: torch.Tensor | None,
+        spec_decode_metadata: SpecDecodeMetadata | None,
+    ) -> SamplerOutput:
+        output = self._verify(logits, spec_decode_metadata)
+        if self._trace is not None:
+            self._trace_step(self._trace, spec_decode_metadata, output)
+        return output
+
+    def _trace_step(
+        self, trace: Trace, verified: SpecDecodeMetadata | None, output: SamplerOutput
+    ) -> None:
+        batch, n = self.input_batch, self.input_batch.num_reqs
+        generated = batch.num_tokens_no_spec[:n] > batch.num_prompt_tokens[:n]
+        trace.step(
+            batch,
+            self.requests,
+            generated & ~self.discard_request_mask.np[:n],
+            [0] * n if verified is None else verified.num_draft_tokens,
+            None if verified is None else verified.draft_token_ids,
+            output.sampled_token_ids,
+            self._pending,
+        )
+
+    def _verify(
         self,
         logits: torch.Tensor | None,
         spec_decode_metadata: SpecDecodeMetadata | None,

@@ -1,0 +1,91 @@
+"""A file with every decoding round, for those who want to see the confidences.
+
+``additional_config={"dspark": {"trace": FILE}}`` appends one JSON line per round of a
+request: ``request`` (vLLM's id), ``position`` and ``anchor`` (the last known token),
+``drafts`` (those verified, possibly cut by structured output; none when the drafter
+had no room or its logits were not finite), ``accepted`` (how many of them),
+``confidences`` (c_1..c_ℓ; empty without a confidence head) and ``temperature``. A round
+of an aborted request is there if it ran. The round that ends a text counts in full,
+also what lies past the end.
+
+Lines are written in whole blocks: at the latest in the step after a request has ended,
+which a server always makes, and when the engine shuts down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
+
+from vllm_dspark.integration.pending import PendingDrafts
+
+_BLOCK = 512  # lines kept before they are written
+
+
+class Trace:
+    """Appends rounds to a file.
+
+    Args:
+        path: the file; created, or appended to (several processes may share it).
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._lines: list[str] = []
+
+    def step(
+        self,
+        batch: Any,
+        requests: dict[str, Any],
+        decoding: np.ndarray,
+        counts: list[int],
+        draft_ids: torch.Tensor | None,
+        sampled: torch.Tensor,
+        pending: PendingDrafts,
+    ) -> None:
+        """Note the rounds of a step that has just been sampled.
+
+        Args:
+            batch: vLLM's input batch, not yet updated with the new tokens.
+            requests: states of the requests, by id.
+            decoding: [R] bool, False for requests whose prompt is being processed.
+            counts: [R] drafts verified per request.
+            draft_ids: [sum of counts] those drafts; None when there are none.
+            sampled: [R, L+1] tokens that came out, padded with -1.
+            pending: where their confidences are.
+        """
+        drafts = [] if draft_ids is None else draft_ids.tolist()
+        emitted = (sampled.cpu().numpy() != PLACEHOLDER_TOKEN_ID).sum(axis=1)
+        start = 0
+        for row, req_id in enumerate(batch.req_ids):
+            n = counts[row]
+            mine, start = drafts[start : start + n], start + n
+            if not decoding[row]:
+                continue
+            position = int(batch.num_tokens_no_spec[row]) - 1
+            self._note(
+                request=req_id,
+                position=position,
+                anchor=int(batch.token_ids_cpu[row, position]),
+                drafts=mine,
+                accepted=int(emitted[row]) - 1,
+                confidences=pending.confidence(req_id, n),
+                temperature=requests[req_id].sampling_params.temperature,
+            )
+
+    def _note(self, **fields: Any) -> None:
+        self._lines.append(json.dumps(fields, allow_nan=False) + "\n")
+        if len(self._lines) >= _BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept."""
+        data = memoryview("".join(self._lines).encode())
+        self._lines.clear()
+        while len(data):
+            data = data[os.write(self._file, data) :]

@@ -14,16 +14,21 @@ README = (ROOT / "README.md").read_text()
 def file_map() -> set[str]:
     """Paths below vllm_dspark/ that the map names, from its indentation."""
     block = README.split("```\nvllm_dspark/\n")[1].split("```")[0]
-    found, folder = set(), ""
+    found, folder, inner = set(), "", ""
     for line in block.splitlines():
         if not line.startswith("  "):
             break
         if match := re.match(r"  (\w+/) ", line):
-            folder = match[1]
+            folder, inner = match[1], ""
         elif re.match(r"  \w", line):
-            folder = ""
+            folder = inner = ""
+        elif match := re.match(r"    (\w+/) ", line):
+            inner = match[1]
+        elif re.match(r"    \w", line):
+            inner = ""
         found |= {
-            folder + name for name in re.findall(r"(?<=\s)\w+\.py(?=\s)", line[:32])
+            folder + inner + name
+            for name in re.findall(r"(?<=\s)\w+\.py(?=\s)", line[:32])
         }
     return found
 

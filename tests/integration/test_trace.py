@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_rounds_cut_by_a_schema_and_by_an_abort(
     assert sum(len(row["drafts"]) for row in everything) == stats.draft_tokens
     # Positions go on where the last round ended.
     for mine in found.values():
-        for before, after in zip(mine, mine[1:], strict=False):
+        for before, after in itertools.pairwise(mine):
             assert after["position"] == before["position"] + before["accepted"] + 1
 
 

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-SUBCOMMANDS = ("demo", "check")
+SUBCOMMANDS = ("demo", "check", "evaluate")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from vllm_dspark.cli.settings import (
     SERVER_ARGUMENTS,
     SERVER_ENVIRONMENT,
 )
+from vllm_dspark.cli.signals import interrupt
 
 PROMPTS = {
     "math": "A shop sells pens at 3 dollars each and notebooks at 5 dollars each. "
@@ -72,7 +72,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand."""
     # A stopped `timeout` or CI job must not leave a server behind.
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, interrupt)
     console = Console()
     if arguments.paths:
         # Standard output's last line is for machines, so progress goes elsewhere.
@@ -87,10 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
         return _serve(arguments, folders, console)
     arms = _measure(arguments, folders, console)
     return _report(arguments, folders, arms, console)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Rounds of verification for a set of prompts, from vLLM or from `decode.py`."""

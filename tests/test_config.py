@@ -139,7 +139,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tie_word_embeddings": True}, "'tie_word_embeddings' is True; only False"),
     ({"target_hidden_size": 4096}, "'target_hidden_size' is 4096"),
     ({"architectures": ["LlamaForCausalLM"]}, "not a DSpark drafter"),
-    ({"speculators_model_type": "dspark"}, "speculators library .* not read yet"),
+    (
+        {"speculators_model_type": "dspark"},
+        "speculators library; read it with checkpoint.load_config",
+    ),
     (
         {"markov_rank": 0},
         "'confidence_head_with_markov' is true, but 'markov_rank' 0",

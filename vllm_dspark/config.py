@@ -23,7 +23,8 @@ class DrafterConfig:
     Built by `from_dict`; names are the checkpoint's. ``markov_head_type`` is
     ``"none"`` for ``markov_rank`` 0 (a DFlash-style drafter). ``sliding_window`` is
     None unless every layer slides; such layers are also causal inside the block (as
-    vLLM runs them), while full attention is bidirectional there.
+    vLLM runs them), while full attention is bidirectional there. ``num_target_layers``
+    is None for folders of the speculators library, which do not say it.
     """
 
     vocab_size: int
@@ -43,7 +44,7 @@ class DrafterConfig:
     block_size: int
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
-    num_target_layers: int
+    num_target_layers: int | None
     markov_rank: int
     markov_head_type: str
     enable_confidence_head: bool

@@ -14,6 +14,8 @@ HEAD_TYPES = ("vanilla", "gated", "rnn")
 NO_HEAD = "none"
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
+# Left by a conversion (model/speculators.py); that layout knows no target depth.
+FROM_SPECULATORS = "from_speculators"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Keys that change what a drafter computes and that we do not implement: a checkpoint
@@ -23,6 +25,7 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0,),
     "is_neox_style": (True,),
     "dspark_bonus_anchor": (False,),
+    "sample_from_anchor": (True,),
     "dflash_config": ({},),
     "tie_word_embeddings": (False,),
 }
@@ -70,11 +73,10 @@ class ConfigReader:
 
     def check_layout(self) -> None:
         """Refuse folders of another kind before complaining about their keys."""
-        kind = self.raw.get("speculators_model_type")
-        if kind is not None:
+        if "speculators_model_type" in self.raw:
             raise self.fail(
-                f"this is a folder of the speculators library ({kind!r}), which is "
-                f"not read yet; convert it to DeepSpec's layout ({ARCHITECTURE})"
+                "this is a configuration of the speculators library; read it with "
+                "checkpoint.load_config, or convert it: `vllm-dspark convert`"
             )
         architectures = self.raw.get("architectures") or []
         if ARCHITECTURE not in architectures:
@@ -182,7 +184,8 @@ class ConfigReader:
     def block(self) -> dict[str, Any]:
         vocab = self.integer("vocab_size", 2)
         mask = self.integer("mask_token_id", 0)
-        num_target = self.integer("num_target_layers", 1)
+        known = "num_target_layers" in self.raw or FROM_SPECULATORS not in self.raw
+        num_target = self.integer("num_target_layers", 1) if known else None
         if mask >= vocab:
             raise self.fail(
                 f"'mask_token_id' is {mask}, outside the vocabulary of {vocab} tokens"
@@ -194,7 +197,7 @@ class ConfigReader:
             "target_layer_ids": self.target_layer_ids(num_target),
         }
 
-    def target_layer_ids(self, num_target_layers: int) -> tuple[int, ...]:
+    def target_layer_ids(self, num_target_layers: int | None) -> tuple[int, ...]:
         ids = self.raw.get("target_layer_ids")
         if not isinstance(ids, (list, tuple)) or not ids or not all(map(is_int, ids)):
             raise self.fail(
@@ -202,11 +205,11 @@ class ConfigReader:
             )
         if list(ids) != sorted(set(ids)):
             raise self.fail(f"'target_layer_ids' is {ids!r}; it must be increasing")
-        if ids[0] < -1 or ids[-1] >= num_target_layers:
+        end = ids[-1] + 1 if num_target_layers is None else num_target_layers
+        if ids[0] < -1 or ids[-1] >= end:
             raise self.fail(
                 f"'target_layer_ids' is {ids!r}; with 'num_target_layers' "
-                f"{num_target_layers} they go from -1 (the embeddings) to "
-                f"{num_target_layers - 1}"
+                f"{num_target_layers} they go from -1 (the embeddings) to {end - 1}"
             )
         return tuple(ids)
 

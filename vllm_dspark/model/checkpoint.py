@@ -1,9 +1,10 @@
-"""Drafter folders: checking, loading and saving (DeepSpec's released layout).
+"""Drafter folders: checking and loading them, and saving in DeepSpec's layout.
 
 A folder holds ``config.json`` and safetensors weights under the names of `Drafter`.
 ``embed_tokens`` and ``lm_head`` may be left out: they are the target's then, and with
 a reduced vocabulary the LM head's rows are the target's at the draft tokens. A reduced
-vocabulary brings ``d2t`` ``[Vd]``, the offset from draft id to target id.
+vocabulary brings ``d2t`` ``[Vd]``, the offset from draft id to target id. Folders of
+the speculators library are read as what they say in DeepSpec's (see `speculators`).
 
 `check_checkpoint` reads headers only and is meant to run before an engine starts.
 """
@@ -22,9 +23,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_dspark.config import DrafterConfig
+from vllm_dspark.model import speculators
 from vllm_dspark.model.drafter import Drafter
 from vllm_dspark.model.fit import TargetFacts, check_fit
 from vllm_dspark.model.headers import WEIGHTS, TensorHeader, read_headers, read_json
+from vllm_dspark.model.vocab_maps import (
+    D2T,
+    T2D,
+    check_offsets,
+    check_target_map,
+    check_target_map_header,
+    draft_to_target_ids,
+)
 
 __all__ = [
     "OPTIONAL",
@@ -37,12 +47,12 @@ __all__ = [
     "load_config",
     "load_drafter",
     "load_state",
+    "read_config",
     "save_checkpoint",
     "weights_hash",
 ]
 
 CONFIG = "config.json"
-D2T = "d2t"
 EMBEDDINGS = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 OPTIONAL = frozenset({EMBEDDINGS, LM_HEAD})  # left out, they are the target's
@@ -75,8 +85,20 @@ def load_config(path: str | Path) -> DrafterConfig:
     Raises:
         ValueError: missing, not JSON, or not a drafter we can run.
     """
+    return DrafterConfig.from_dict(read_config(path), source=str(Path(path) / CONFIG))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A folder's ``config.json`` object in DeepSpec's layout, whichever it is in.
+
+    Raises:
+        ValueError: missing, not JSON, or a speculators folder of another kind.
+    """
     file = Path(path) / CONFIG
-    return DrafterConfig.from_dict(read_json(file), source=str(file))
+    raw = read_json(file)
+    if not speculators.is_speculators(raw):
+        return raw
+    return speculators.to_deepspec(raw, source=str(file))
 
 
 def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
@@ -120,6 +142,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in sorted({header.file for header in headers.values()}):
         state.update(load_file(file))
+    mapping = state.pop(T2D, None)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(
@@ -127,13 +150,11 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
                 "drafter is broken, train or download it again"
             )
     if D2T in state:
-        _check_mapping(draft_to_target_ids(state[D2T]), config, headers[D2T].file)
+        file = headers[D2T].file
+        check_offsets(state[D2T], config.vocab_size, str(file))
+        if _is_speculators(Path(path)):
+            check_target_map(state[D2T], mapping, config.vocab_size, str(file))
     return state
-
-
-def draft_to_target_ids(offsets: Tensor) -> Tensor:
-    """Target ids ``[Vd]`` int64 of the draft ids, from the offsets in ``d2t``."""
-    return torch.arange(len(offsets)) + offsets.long()
 
 
 def load_drafter(
@@ -199,10 +220,14 @@ def save_checkpoint(
 def weights_hash(path: str | Path) -> str:
     """SHA-256 (hex) of a folder's tensors: the name artefacts know a drafter by.
 
-    Names, dtypes, shapes and data count; how they are split into files does not.
+    Names, dtypes, shapes and data count; how they are split into files does not, nor
+    does ``t2d``, which repeats ``d2t``: a folder keeps its hash, and its calibration,
+    when it is converted between DeepSpec's layout and the speculators library's.
     """
     digest = hashlib.sha256()
     for name, header in read_headers(Path(path)).items():
+        if name == T2D:
+            continue
         digest.update(f"{name} {header.dtype} {header.shape}\n".encode())
         with header.file.open("rb") as stream:
             stream.seek(header.start)
@@ -212,6 +237,9 @@ def weights_hash(path: str | Path) -> str:
 
 def _checked_headers(folder: Path, config: DrafterConfig) -> dict[str, TensorHeader]:
     headers = read_headers(folder)
+    if T2D in headers:
+        expect = config.has_reduced_vocab and _is_speculators(folder)
+        check_target_map_header(headers.pop(T2D), config.vocab_size if expect else None)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - headers.keys() - OPTIONAL)
     if missing:
@@ -237,21 +265,10 @@ def _checked_headers(folder: Path, config: DrafterConfig) -> dict[str, TensorHea
     return headers
 
 
+def _is_speculators(folder: Path) -> bool:
+    return speculators.is_speculators(read_json(folder / CONFIG))
+
+
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(repr(name) for name in names[:3]) + more
-
-
-def _check_mapping(ids: Tensor, config: DrafterConfig, file: Path) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"{file}: 'd2t' leads to token {low if low < 0 else high}, outside the "
-            f"vocabulary of {config.vocab_size}; it holds offsets (target id minus "
-            "draft id)"
-        )
-    if len(set(ids.tolist())) != len(ids):
-        raise ValueError(
-            f"{file}: 'd2t' leads two draft ids to one token; it holds offsets (target "
-            "id minus draft id), each token at most once"
-        )

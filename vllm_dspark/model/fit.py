@@ -53,12 +53,17 @@ def check_fit(drafter: DrafterConfig, target: TargetFacts | Mapping[str, Any]) -
         ("number of layers", drafter.num_target_layers, target.num_hidden_layers),
     )
     for name, of_drafter, of_target in pairs:
-        if of_drafter != of_target:
+        if of_drafter is not None and of_drafter != of_target:
             raise ValueError(
                 f"this drafter is for another target: its target's {name} is "
                 f"{of_drafter}, but the target given has {of_target}"
             )
     last = target.num_hidden_layers - 1
+    if max(drafter.target_layer_ids) > last:
+        raise ValueError(
+            "this drafter is for another target: it reads layer "
+            f"{max(drafter.target_layer_ids)}, but the target given ends with {last}"
+        )
     if last in drafter.target_layer_ids:
         # Hugging Face's last hidden state is taken after the final norm, vLLM's before
         # it: whichever the drafter was trained on, the other one drafts badly.

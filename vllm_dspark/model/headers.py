@@ -17,7 +17,7 @@ from typing import Any
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_ITEM_SIZE = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
+_ITEM_SIZE = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "BOOL": 1}
 # Quantised targets have these; no drafter does.
 _ITEM_SIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 

@@ -40,6 +40,7 @@ ISA_FLAGS = {
     "kernels_avx2": AVX2,
     "kernels_avx512": AVX512,
     "kernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "kernels_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 NO_BUILD = """
 vllm-dspark: the C++ kernels were not built ({reason}).

@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "parallel.h"
+#include "sequential.h"
 
 #ifndef DSPARK_SOURCE_HASH
 #error "build through setup.py, which defines DSPARK_SOURCE_HASH"
@@ -13,7 +14,7 @@ namespace {
 
 Isa g_isa = Isa::kScalar;
 
-// set_isa(name): "auto" or one of the four; refuses what this machine cannot run.
+// set_isa(name): "auto" or an instruction set; refuses what this machine cannot run.
 PyObject* py_set_isa(PyObject*, PyObject* arg) {
   return guarded([&]() -> PyObject* {
     const char* name = PyUnicode_AsUTF8(arg);
@@ -21,7 +22,7 @@ PyObject* py_set_isa(PyObject*, PyObject* arg) {
     Isa isa = best_isa();
     if (std::string(name) != "auto" && !parse_isa(name, &isa)) {
       throw Error{PyExc_ValueError, std::string("VLLM_DSPARK_ISA: unknown '") + name +
-                                        "' (scalar, avx2, avx512, avx512_bf16)"};
+                                        "' (scalar, avx2, avx512, avx512_bf16, amx)"};
     }
     if (isa > best_isa()) {
       throw Error{PyExc_RuntimeError, std::string("VLLM_DSPARK_ISA: '") + name +
@@ -52,6 +53,10 @@ PyObject* py_max_threads(PyObject*, PyObject*) {
   return PyLong_FromLong(max_threads());
 }
 
+PyObject* py_tile_calls(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(tile_calls());
+}
+
 PyObject* py_source_hash(PyObject*, PyObject*) {
   return PyUnicode_FromString(DSPARK_SOURCE_HASH);
 }
@@ -70,6 +75,7 @@ PyMethodDef kMethods[] = {
     {"init_omp", py_init_omp, METH_O, "Find the OpenMP runtime torch uses."},
     {"omp_runtime", py_omp_runtime, METH_NOARGS, "(file, how it was found)"},
     {"max_threads", py_max_threads, METH_NOARGS, "Threads a kernel would use now."},
+    {"tile_calls", py_tile_calls, METH_NOARGS, "Products that ran on matrix tiles."},
     {"source_hash", py_source_hash, METH_NOARGS, "Hash of the sources of this build."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -6,7 +6,7 @@ namespace {
 // Element (v, k) of W2; `group` consecutive k of a row lie side by side.
 template <typename T>
 void pack_tiles(const T* w2, int64_t rows, int64_t rank, int64_t padded_rank,
-                int64_t padded_rows, int64_t group, std::vector<T>* out) {
+                int64_t padded_rows, int64_t group, LineVector<T>* out) {
   out->assign(static_cast<size_t>(padded_rows * padded_rank), T{0});
   for (int64_t v = 0; v < rows; ++v) {
     T* tile = out->data() + (v / kTile) * padded_rank * kTile + (v % kTile) * group;

@@ -1,8 +1,10 @@
 // Weights of the sequential head as the kernels want them (paper section 3.1).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -10,6 +12,24 @@
 namespace dspark {
 
 enum class HeadType { kNone, kVanilla, kGated, kRnn };
+
+// Memory in whole cache lines: a row of a matrix tile that crosses one loads twice.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), kLine));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+template <typename T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 struct Head {
   HeadType type = HeadType::kNone;
@@ -28,13 +48,16 @@ struct Head {
   const int32_t* draft_to_target = nullptr;  // [draft_vocab] or null: identity
 
   // W2 in tiles of 16 rows, [tile][k][16], pairs of k interleaved for bfloat16 and
-  // padded to whole panels. Made on first use, since drafting from candidates (topk)
-  // reads rows of w2 itself.
-  std::vector<float> packed_f32;
-  std::vector<uint16_t> packed_bf16;
+  // padded with zeros to whole panels and, for bfloat16, to whole matrix tiles. Made on
+  // first use, since drafting from candidates (topk) reads rows of w2 itself.
+  LineVector<float> packed_f32;
+  LineVector<uint16_t> packed_bf16;
   std::once_flag packed;
 
-  int64_t padded_rank() const { return (rank + 1) & ~int64_t{1}; }
+  int64_t padded_rank() const {
+    const int64_t unit = bf16 ? kRankUnit : 2;
+    return (rank + unit - 1) / unit * unit;
+  }
   int64_t panels() const { return (draft_vocab + kPanel - 1) / kPanel; }
   void pack();
   const float* packed_data(const float*) const { return packed_f32.data(); }

@@ -12,9 +12,9 @@
 namespace dspark {
 
 constexpr int64_t kBlock = 2048;
-constexpr int64_t kTile = 16;   // vocabulary rows interleaved in packed W2
-constexpr int64_t kPanel = 64;  // vocabulary rows per call of panel_*
-constexpr int64_t kMaxPanelRequests = 6;
+constexpr int64_t kTile = 16;      // vocabulary rows interleaved in packed W2
+constexpr int64_t kPanel = 64;     // vocabulary rows per call of panel_*
+constexpr int64_t kRankUnit = 32;  // packed bfloat16 ranks are multiples of it
 
 struct BlockStats {
   float max;   // largest z, NaN ignored, -inf if there is none
@@ -36,6 +36,25 @@ struct RowKernels {
   void (*fold_max)(const T* x, int64_t n, float* m);
   // Appends the indices of x > threshold to out, returns how many.
   int64_t (*select_above)(const T* x, int64_t n, float threshold, int32_t* out);
+  // out = bias + base for the n <= 64 logits of a panel, max[16] is their running
+  // lane-wise maximum (NaN ignored); returns NaN.
+  bool (*add_panel)(const float* bias, const T* base, int64_t n, float* max,
+                    float* out);
+  // Running argmax of bias + base: best[16] and index[16] are lane-wise; returns NaN.
+  bool (*argmax_panel)(const float* bias, const T* base, int64_t n, int32_t first,
+                       float* best, int32_t* index);
+};
+
+// The panel product on matrix tiles, for `requests` bfloat16 latents at once. A thread
+// calls begin, then panel any number of times with as many requests, then end, which
+// gives back the tile configuration that was there before.
+struct TileKernels {
+  int64_t min_requests;  // from which it is faster than panel_bf16
+  int64_t max_requests;
+  void (*begin)(int64_t requests, void* saved);  // saved: 64 bytes
+  void (*panel)(const uint16_t* packed, int64_t rank, const uint16_t* latent,
+                int64_t requests, float* out);
+  void (*end)(const void* saved);
 };
 
 struct KernelTable {
@@ -45,11 +64,10 @@ struct KernelTable {
   // w = max(0, w * scale - q); returns the sum of w.
   double (*residual)(float* w, const float* q, int64_t n, float scale);
   void (*scale)(float* w, int64_t n, float factor);
-  // Running argmax of 64 logits: best[16] and index[16] are lane-wise; returns NaN.
-  bool (*argmax)(const float* x, int32_t first, float* best, int32_t* index);
   // The panel product with bfloat16 latents; null without bfloat16 dot products.
   void (*panel_bf16)(const uint16_t* packed, int64_t rank, const uint16_t* latent,
                      int64_t stride, int64_t requests, float* out);
+  const TileKernels* tiles;  // null without matrix tiles
 };
 
 // Null if this build does not contain the instruction set.
@@ -59,6 +77,7 @@ extern const KernelTable* const kScalarTable;
 extern const KernelTable* const kAvx2Table;
 extern const KernelTable* const kAvx512Table;
 extern const KernelTable* const kAvx512Bf16Table;
+extern const KernelTable* const kAmxTable;
 
 // Internal linkage on purpose: this header is compiled with several instruction sets.
 namespace {

@@ -222,10 +222,39 @@ void block_scale(float* w, int64_t n, float factor) {
   for (; i < n; ++i) w[i] *= factor;
 }
 
-bool panel_argmax(const float* x, int32_t first, float* best, int32_t* index) {
+// Logits i.. of a panel; those past its end are -inf.
+template <typename T>
+inline F panel_logits(const float* bias, const T* base, int64_t n, int64_t i) {
+  if (i + kW <= n) return Vec::add(Vec::load(bias + i), Vec::load(base + i));
+  if (i >= n) return Vec::set(kNegInf);
+  return Vec::add(Vec::load(bias + i), load_tail(base + i, n - i, kNegInf));
+}
+
+template <typename T>
+bool add_panel(const float* bias, const T* base, int64_t n, float* max, float* out) {
+  bool nan = false;
+  for (int64_t i = 0; i < n; i += kW) {
+    const F v = panel_logits(bias, base, n, i);
+    float* lanes = max + i % kTile;
+    nan |= Vec::any_nan(v);
+    Vec::store(lanes, Vec::max(v, Vec::load(lanes)));
+    if (i + kW <= n) {
+      Vec::store(out + i, v);
+      continue;
+    }
+    float buffer[kW];
+    Vec::store(buffer, v);
+    for (int64_t j = i; j < n; ++j) out[j] = buffer[j - i];
+  }
+  return nan;
+}
+
+template <typename T>
+bool argmax_panel(const float* bias, const T* base, int64_t n, int32_t first,
+                  float* best, int32_t* index) {
   bool nan = false;
   for (int i = 0; i < kPanel; i += kW) {
-    const F v = Vec::load(x + i);
+    const F v = panel_logits(bias, base, n, i);
     nan |= Vec::any_nan(v);
     Vec::track(v, first + i, best + i % kTile, index + i % kTile);
   }
@@ -235,7 +264,8 @@ bool panel_argmax(const float* x, int32_t first, float* best, int32_t* index) {
 template <typename T>
 constexpr RowKernels<T> row_kernels() {
   return {block_max<T>, block_stats<T>, block_weights<T>, has_nan<T>,
-          dot<T>,       panel<T>,       fold_max<T>,      select_above<T>};
+          dot<T>,       panel<T>,       fold_max<T>,      select_above<T>,
+          add_panel<T>, argmax_panel<T>};
 }
 
 [[maybe_unused]] constexpr KernelTable kTable = {row_kernels<float>(),
@@ -243,7 +273,7 @@ constexpr RowKernels<T> row_kernels() {
                                                  block_sum,
                                                  block_residual,
                                                  block_scale,
-                                                 panel_argmax,
+                                                 nullptr,
                                                  nullptr};
 
 }  // namespace

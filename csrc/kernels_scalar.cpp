@@ -13,6 +13,8 @@ const KernelTable* kernel_table(Isa isa) {
       return kAvx512Table;
     case Isa::kAvx512Bf16:
       return kAvx512Bf16Table;
+    case Isa::kAmx:
+      return kAmxTable;
     default:
       return kScalarTable;
   }

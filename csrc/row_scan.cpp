@@ -93,19 +93,27 @@ void RowScan<T>::weights(const Row<T>& row, int64_t block, float* w) const {
                        w);
 }
 
+// The block in which the cumulative mass passes `target`, else the last with any, else
+// -1; *before is the mass of those in front of it.
 template <typename T>
-template <typename Fill>
-int64_t RowScan<T>::pick(const Row<T>& row, double u, double total, Fill&& fill) const {
-  const double target = u * total;
-  const int64_t count = blocks(row);
-  double before = 0;
+int64_t RowScan<T>::find_block(int64_t count, double target, double* before) const {
+  *before = 0;
   int64_t block = -1;
   for (int64_t b = 0; b < count; ++b) {
     if (!(mass_[b] > 0)) continue;
     block = b;
-    if (before + mass_[b] > target) break;
-    before += mass_[b];
+    if (*before + mass_[b] > target) break;
+    *before += mass_[b];
   }
+  return block;
+}
+
+template <typename T>
+template <typename Fill>
+int64_t RowScan<T>::pick(const Row<T>& row, double u, double total, Fill&& fill) const {
+  const double target = u * total;
+  double before;
+  int64_t block = find_block(blocks(row), target, &before);
   float w[kBlock];
   // A block's mass and its weights are rounded differently: a block whose mass is all
   // rounding passes the draw on to the one before.
@@ -203,11 +211,38 @@ int64_t RowScan<T>::draw_residual(const Row<T>& row, const float* q,
 }
 
 template <typename T>
-void RowScan<T>::probabilities(const Row<T>& row, float* out) const {
+float RowScan<T>::largest(const Row<T>& row) const {
+  float m = -INFINITY;
   for (int64_t b = 0; b < blocks(row); ++b) {
-    weights(row, b, out + b * kBlock);
-    kernels_.scale(out + b * kBlock, length(row, b), inv_total_);
+    m = std::max(m, row_kernels_.max(row.data + b * kBlock, length(row, b), 1.0f));
   }
+  return m;
+}
+
+// Each weight is computed once, where normalise, draw and a softmax would each do so.
+template <typename T>
+int64_t RowScan<T>::sample(const Row<T>& row, float largest, double u, float* out) {
+  const int64_t count = blocks(row);
+  max_ = largest * row.inv_t;
+  if (!std::isfinite(max_)) return -1;
+  total_ = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    float* w = out + b * kBlock;
+    weights(row, b, w);
+    mass_[b] = kernels_.sum(w, length(row, b));
+    total_ += mass_[b];
+  }
+  inv_total_ = static_cast<float>(1.0 / total_);
+  double before;
+  const double target = u * total_;
+  const int64_t block = find_block(count, target, &before);
+  int64_t pick = 0;  // only NaN
+  if (block >= 0) {
+    const float* w = out + block * kBlock;
+    pick = block * kBlock + search_block(w, length(row, block), before, target);
+  }
+  kernels_.scale(out, row.size, inv_total_);
+  return pick;
 }
 
 template class RowScan<float>;

@@ -47,8 +47,12 @@ class RowScan {
   int64_t draw_residual(const Row<T>& row, const float* q, const int32_t* support,
                         int64_t support_size, double u);
 
-  // After normalise: the whole softmax.
-  void probabilities(const Row<T>& row, float* out) const;
+  // Largest logit, NaN ignored.
+  float largest(const Row<T>& row) const;
+
+  // Given the largest logit, writes the softmax to `out` (which may be the row itself)
+  // and draws from it at u. -1 if `largest` is not finite: nothing is written then.
+  int64_t sample(const Row<T>& row, float largest, double u, float* out);
 
   float max() const { return max_; }
 
@@ -59,6 +63,7 @@ class RowScan {
   void sort_support(const float* q, const int32_t* support, int64_t n, int64_t size);
   double subtract(const Row<T>& row, int64_t block, const float* q, bool sparse,
                   float* w) const;
+  int64_t find_block(int64_t count, double target, double* before) const;
   // Inverse CDF over mass_; fill(block, w) gives a block's weights again.
   template <typename Fill>
   int64_t pick(const Row<T>& row, double u, double total, Fill&& fill) const;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "head.h"
+#include "rejection.h"
 
 namespace dspark {
 
@@ -25,6 +26,21 @@ struct DraftArgs {
   float* confidence;         // [requests, positions] or null
   bool* finite;              // [requests]
 };
+
+inline bool is_greedy(const DraftArgs& a, int64_t r) {
+  return a.temperature == nullptr || !(a.temperature[r] >= kGreedyTemperature);
+}
+
+// The row of base logits of (request, position); B is their type.
+template <typename B>
+const B* base(const DraftArgs& a, int64_t r, int64_t k) {
+  return static_cast<const B*>(a.base) + r * a.base_strides[0] + k * a.base_strides[1];
+}
+
+// Shares of a vocabulary that matrix tiles have computed in this process: tests tell
+// from it that they ran.
+int64_t tile_calls();
+void count_tile_call();
 
 // An id a request starts from, or draws, is always inside w1; the caller has checked
 // anchors and draft_to_target.

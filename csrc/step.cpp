@@ -25,41 +25,45 @@ Latents<W>::Latents(const KernelTable& kernels, const Head& head, const DraftArg
       bf16_(sizeof(W) == 2 ? args.requests * stride_ : 0, 0) {}
 
 template <typename W>
-bool Latents<W>::update(int64_t r, int64_t k, int64_t previous) {
+bool Latents<W>::update(int64_t r, int64_t k, int64_t previous, float* scratch) {
   const int64_t rank = head_.rank, d = head_.hidden;
-  // [state ; markov ; hidden ; markov]: the recurrent input is the first three parts,
-  // the gated and the confidence input the last two.
-  std::vector<float> buffer(3 * rank + d);
-  float* markov = buffer.data() + rank;
+  const int64_t at = r * a_.hidden_strides[0] + k * a_.hidden_strides[1];
+  // [latent ; state ; markov ; hidden ; markov]: the recurrent input is the three parts
+  // after the latent, the gated input the last two.
+  float* latent = scratch;
+  float* input = latent + rank;
+  float* markov = input + rank;
   float* hidden = markov + rank;
   if (head_.w1 != nullptr) {
     const W* row = static_cast<const W*>(head_.w1) + previous * rank;
-    for (int64_t i = 0; i < rank; ++i) markov[i] = hidden[d + i] = to_float(row[i]);
+    for (int64_t i = 0; i < rank; ++i) markov[i] = to_float(row[i]);
   }
-  if (a_.hidden != nullptr) {
-    const int64_t at = r * a_.hidden_strides[0] + k * a_.hidden_strides[1];
-    for (int64_t i = 0; i < d; ++i) {
-      hidden[i] = a_.hidden_bf16
-                      ? to_float(static_cast<const uint16_t*>(a_.hidden)[at + i])
-                      : static_cast<const float*>(a_.hidden)[at + i];
-    }
-  }
-  std::vector<float> latent(rank);
   if (head_.type == HeadType::kVanilla) {
     store(r, markov);
   } else if (head_.type == HeadType::kGated) {
-    gated(hidden, markov, latent.data());
-    store(r, latent.data());
+    read_hidden(at, hidden);
+    for (int64_t i = 0; i < rank; ++i) hidden[d + i] = markov[i];
+    gated(hidden, markov, latent);
+    store(r, latent);
   } else if (head_.type == HeadType::kRnn) {
     float* state = state_.data() + r * rank;
-    for (int64_t i = 0; i < rank; ++i) buffer[i] = state[i];
-    recurrent(buffer.data(), state, latent.data());
-    store(r, latent.data());
+    for (int64_t i = 0; i < rank; ++i) input[i] = state[i];
+    read_hidden(at, hidden);
+    recurrent(input, state, latent);
+    store(r, latent);
   }
   if (a_.confidence == nullptr) return true;
-  const float c = confidence(hidden, markov);
+  const float c = confidence(at, markov);
   a_.confidence[r * a_.positions + k] = c;
   return std::isfinite(c);
+}
+
+template <typename W>
+void Latents<W>::read_hidden(int64_t at, float* out) const {
+  for (int64_t i = 0; i < head_.hidden; ++i) {
+    out[i] = a_.hidden_bf16 ? to_float(static_cast<const uint16_t*>(a_.hidden)[at + i])
+                            : static_cast<const float*>(a_.hidden)[at + i];
+  }
 }
 
 template <typename W>
@@ -98,11 +102,13 @@ void Latents<W>::store(int64_t r, const float* latent) {
 }
 
 template <typename W>
-float Latents<W>::confidence(const float* hidden, const float* markov) const {
+float Latents<W>::confidence(int64_t at, const float* markov) const {
   const float* w = head_.confidence_weight;
-  const auto dot = kernels_.f32.dot;
-  float x = dot(w, hidden, head_.hidden);
-  if (head_.confidence_markov) x += dot(w + head_.hidden, markov, head_.rank);
+  const int64_t d = head_.hidden;
+  float x = a_.hidden_bf16
+                ? kernels_.bf16.dot(static_cast<const uint16_t*>(a_.hidden) + at, w, d)
+                : kernels_.f32.dot(static_cast<const float*>(a_.hidden) + at, w, d);
+  if (head_.confidence_markov) x += kernels_.f32.dot(w + d, markov, head_.rank);
   if (head_.confidence_bias != nullptr) x += head_.confidence_bias[0];
   return sigmoid(x);
 }

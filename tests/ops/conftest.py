@@ -10,7 +10,7 @@ import torch
 
 from vllm_dspark.ops import extension_native, native_status
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,7 @@ def test_no_runtime_is_linked(native: None) -> None:
 def test_status(native: None) -> None:
     status = native_status()
     assert status.available and status.isa in {
+        "amx",
         "avx512_bf16",
         "avx512",
         "avx2",
@@ -100,7 +101,7 @@ def test_forced_instruction_set(native: None) -> None:
     assert done.stdout.strip() == "scalar", done.stderr
     assert done.stderr.count("native kernels: scalar") == 1
     done = run_python(code, VLLM_DSPARK_ISA="sse9")
-    assert "unknown 'sse9' (scalar, avx2, avx512, avx512_bf16)" in done.stderr
+    assert "unknown 'sse9' (scalar, avx2, avx512, avx512_bf16, amx)" in done.stderr
 
 
 def test_without_extension() -> None:

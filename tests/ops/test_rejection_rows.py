@@ -33,7 +33,7 @@ def check(requests, dtype, random):
     pages = [4 * r + k for r in range(requests) for k in (2, 3)] + [4 * requests]
     for page in pages:
         assert libc.mprotect(ctypes.c_void_p(base + page * PAGE), PAGE, 0) == 0
-    for isa in ("scalar", "avx2", "avx512", "avx512_bf16"):
+    for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "amx"):
         try:
             module.set_isa(isa)
         except RuntimeError:

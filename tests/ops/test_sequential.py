@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.ops.sequential_cases import HEADS, Block, make_block, make_head, naive_draft
-from vllm_dspark.ops import SequentialDraft
+from vllm_dspark.ops import SequentialDraft, extension_native
 
 TOPKS = (None, 1, 12, 10_000)
 
@@ -131,6 +131,61 @@ def test_bfloat16_weights(isa: str, head_type: str, topk: int | None) -> None:
         a.draft_probs[first], b.draft_probs[first], atol=0.02, rtol=0.02
     )
     torch.testing.assert_close(a.confidence[first], b.confidence[first])
+
+
+@pytest.mark.parametrize("rank", [5, 32, 33, 128])
+@pytest.mark.parametrize("head_type", ["vanilla", "gated", "rnn"])
+def test_matrix_tiles(native: None, head_type: str, rank: int) -> None:
+    """Groups of 1 to 40 requests: a part of a tile, one, two, and several groups.
+
+    Compared with the dot products on the same bfloat16 inputs, which differ in the
+    order of float32 sums only: one token, so that no near-tie is carried on.
+    """
+    module = extension_native.require()
+    if module.set_isa("auto") != "amx":
+        pytest.skip(
+            "no matrix tiles: the processor, the system or the build lacks them"
+        )
+    size = {"vocab": 700, "draft_vocab": 517, "rank": rank, "dtype": torch.bfloat16}
+    head = make_head(rank, head_type, **size)
+    before, groups = module.tile_calls(), 0
+    for requests in (1, 2, 3, 15, 16, 17, 31, 32, 33, 40):
+        for sampling in ("greedy", "mixed"):
+            block = make_block(
+                requests,
+                head,
+                requests=requests,
+                positions=1,
+                sampling=sampling,
+                dtype=torch.bfloat16,
+            )
+            assert module.set_isa("amx") == "amx"
+            tiles = block.run("native")
+            assert module.set_isa("avx512_bf16") == "avx512_bf16"
+            assert_same(block.run("native"), tiles)
+            groups += requests >= 2
+    module.set_isa("auto")
+    # One call a thread and position, and none where one request is faster without.
+    assert module.tile_calls() - before == groups
+
+
+def test_tiles_are_given_back(native: None) -> None:
+    """bfloat16 products of torch's, which may run on tiles, are what they were."""
+    module = extension_native.require()
+    if module.set_isa("auto") != "amx":
+        pytest.skip(
+            "no matrix tiles: the processor, the system or the build lacks them"
+        )
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 128, generator=g).bfloat16()
+    head = make_head(1, "vanilla", rank=64, dtype=torch.bfloat16)
+    block = make_block(1, head, requests=5, dtype=torch.bfloat16)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        expected, draft = x @ x.T, block.run("native")
+        for _ in range(5):
+            assert torch.equal(x @ x.T, expected)
+            assert torch.equal(block.run("native").token_ids, draft.token_ids)
 
 
 @pytest.mark.parametrize("topk", [None, 9])

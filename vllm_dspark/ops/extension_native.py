@@ -1,8 +1,8 @@
 """Loads the C++ extension once, and says why when there is none.
 
 A missing extension is normal (no compiler); one built from other sources is an error.
-Environment: ``VLLM_DSPARK_ISA`` = scalar, avx2, avx512 or avx512_bf16 forces the
-instruction set of the kernels.
+Environment: ``VLLM_DSPARK_ISA`` = scalar, avx2, avx512, avx512_bf16 or amx forces
+the instruction set of the kernels.
 """
 
 import functools

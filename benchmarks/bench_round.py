@@ -4,10 +4,10 @@
     python benchmarks/bench_round.py --tiny        # seconds, any machine
 
 Runs the engine in this process and times the stages of every decoding step (target
-forward, LM head, verification, context K/V, backbone, draft LM head and sequential
-head; "python" is the rest of the step). Prefill steps are left out. Medians over
-rounds; a share is of the median round. The two arms run one after the other, so
-compare shares rather than milliseconds where the machine is noisy.
+forward, LM head, verification, context K/V, backbone, draft LM head, sequential head
+and the rest of drafting; "python" is the rest of the step). Prefill steps are left
+out. Medians over rounds; a share is of the median round. The two arms run one after
+the other, so compare shares rather than milliseconds where the machine is noisy.
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ STAGES = (
     "backbone",
     "draft LM head",
     "sequential head",
+    "drafting, rest",
     "python",
 )
-DRAFTING = ("context K/V", "backbone", "draft LM head", "sequential head")
+DRAFTING = STAGES[3:8]
+
+
+# The call around all of DRAFTING: what its parts do not take is their rest.
+PROPOSING = "proposing"
 
 
 class Clock:
@@ -69,6 +74,9 @@ class Clock:
         result = run()
         total = time.perf_counter() - start
         if keep:
+            whole = self.current.pop(PROPOSING, 0.0)
+            parts = sum(self.current[stage] for stage in DRAFTING)
+            self.current["drafting, rest"] = max(whole - parts, 0.0)
             row = dict(self.current, total=total)
             row["python"] = total - sum(self.current.values())
             self.steps.append(row)
@@ -84,6 +92,7 @@ def instrument(clock: Clock, runner: Any, speculative: bool) -> None:
         return
     from vllm_dspark.integration import proposer
 
+    clock.time(runner, "propose_draft_token_ids", PROPOSING)
     clock.time(runner.drafter, "_write_context", "context K/V")
     clock.time(runner.drafter, "_backbone", "backbone")
     clock.time(runner.drafter.model, "base_logits", "draft LM head")
@@ -178,6 +187,7 @@ def summary(clock: Clock, tokens: int) -> dict[str, Any]:
         "tokens_per_s": tokens / seconds,
         "tokens_per_round": tokens / len(clock.steps),
         "drafting_share": sum(median[s] for s in DRAFTING) / median["total"],
+        "sequential_share": median["sequential head"] / median["total"],
     }
 
 
@@ -193,7 +203,12 @@ def show(arms: dict[str, dict[str, Any]]) -> None:
     for stage in (*STAGES, "total"):
         cells = (f"{a['median_ms'][stage]:.2f}" for a in arms.values())
         table.add_row(stage, *cells)
-    for key in ("drafting_share", "tokens_per_round", "tokens_per_s"):
+    for key in (
+        "drafting_share",
+        "sequential_share",
+        "tokens_per_round",
+        "tokens_per_s",
+    ):
         table.add_row(key, *(f"{a[key]:.3f}" for a in arms.values()))
     Console().print(table)
 

@@ -2,21 +2,22 @@
 
     python benchmarks/bench_sequential.py --json sequential.json
     python benchmarks/bench_sequential.py --drafter DIR --reqs 1 --positions 3
-    python benchmarks/bench_sequential.py --round-ms 1:36 32:460   # your own rounds
+    python benchmarks/bench_sequential.py --round-json round.json round-32.json
 
 Uses the heads of a drafter (the demo drafter by default: d=576, Vd=12288, r=128), or
 random ones of that shape if the folder is not there, with random bfloat16 logits and
 hidden states. Modes: greedy; sampled with probabilities returned (what probabilistic
 drafting needs); both over the whole draft vocabulary and over `--topk` candidates.
 
-A share needs the length of a round: `bench_round.py` measures it. The default for one
-request is the 36 ms that a round with three drafts took on the machine the project
-started on (2 cores); for other numbers of requests there is none, and no share.
+A share needs the length of a round of as many requests and drafts: give the files of
+`bench_round.py --json` from the same machine, or lengths (`--round-ms 1:28 32:93`).
+For other numbers of requests there is no share.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,26 @@ def round_lengths(pairs: list[str]) -> dict[int, float]:
     return lengths
 
 
+def measured_rounds(files: list[Path], positions: int) -> dict[int, float]:
+    """Requests to the median round with ``positions`` drafts, from `bench_round.py`.
+
+    Raises:
+        ValueError: a file has no such round.
+    """
+    lengths = {}
+    for file in files:
+        record = json.loads(file.read_text())
+        arm = record["arms"].get(f"dspark-{positions}")
+        if arm is None:
+            raise ValueError(
+                f"{file}: no round with {positions} drafts (arms: "
+                f"{', '.join(record['arms'])}); run bench_round.py with "
+                f"--num-speculative-tokens {positions}"
+            )
+        lengths[record["concurrency"]] = arm["median_ms"]["total"]
+    return lengths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,11 +114,15 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=50, help="timings per mode")
     parser.add_argument(
-        "--round-ms", nargs="+", default=["1:36"], metavar="R:MS", help="round lengths"
+        "--round-ms", nargs="+", default=[], metavar="R:MS", help="round lengths"
+    )
+    parser.add_argument(
+        "--round-json", nargs="+", type=Path, default=[], help="from bench_round.py"
     )
     args = parser.parse_args()
     head, width, vocab, block, source = load_head(args.drafter)
-    positions, lengths = args.positions or block, round_lengths(args.round_ms)
+    positions = args.positions or block
+    lengths = measured_rounds(args.round_json, positions) | round_lengths(args.round_ms)
     rows, table = [], []
     for num in args.reqs:
         g = torch.Generator().manual_seed(num)

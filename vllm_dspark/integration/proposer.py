@@ -177,16 +177,20 @@ class DSparkProposer(DFlashProposer):
         ids = np.full((n, k), self.parallel_drafting_token_id, dtype=np.int32)
         ids[:, 0] = anchors
         where = anchor_positions[:, None] + np.arange(k)
-        index = torch.from_numpy(rows).to(self.device)
         table = attention.block_table_tensor
         if n != table.shape[0]:
-            table = table[index]
-        query_positions = torch.from_numpy(where).to(self.device)
-        blocks = torch.gather(table, 1, query_positions // self.block_size)
-        slots = blocks.long() * self.block_size + query_positions % self.block_size
-        self.input_ids[:total] = torch.from_numpy(ids.ravel()).to(self.device)
-        self.positions[:total] = query_positions.flatten()
-        self._slot_mapping_buffer[:total] = slots.flatten()
+            table = table[torch.from_numpy(rows).to(self.device)]
+        # Small arithmetic on the host: a tensor operation costs more than all of it.
+        block, offset = np.divmod(where, self.block_size)
+        slots = self._slot_mapping_buffer[:total].view(n, k)
+        torch.add(
+            torch.from_numpy(offset).to(self.device),
+            table.gather(1, torch.from_numpy(block).to(self.device)),
+            alpha=self.block_size,
+            out=slots,
+        )
+        self.input_ids[:total] = torch.from_numpy(ids.ravel())
+        self.positions[:total] = torch.from_numpy(where.ravel())
         metadata = self._block_metadata(where, k, table)
         _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata)
         mode, padded, across_dp = self._determine_batch_execution_and_padding(total)
@@ -239,7 +243,7 @@ class DSparkProposer(DFlashProposer):
         draft = draft_sequential(
             base,
             hidden,
-            torch.from_numpy(anchors.astype(np.int32)).to(hidden.device),
+            torch.from_numpy(anchors.astype(np.int64)).to(hidden.device),
             self.model.head,
             temperature=temperature if probabilistic else None,
             uniforms=uniforms(*keys, k) if probabilistic else None,
@@ -252,8 +256,8 @@ class DSparkProposer(DFlashProposer):
 
     def _checked(self, draft: SequentialDraft) -> DraftBlock:
         """Count and report drafts whose logits or confidences were not finite."""
-        bad = int((~draft.finite).sum())
-        if bad:
+        if not bool(draft.finite.all()):
+            bad = int((~draft.finite).sum())
             self.nonfinite_drafts += bad
             logger.warning(
                 "DSpark: NaN in draft logits or confidences of %d request(s); they "

@@ -74,17 +74,17 @@ class DSparkRejectionSampler(RejectionSampler):
         num_drafts = np.asarray(metadata.num_draft_tokens, dtype=np.int32)
         rows = Rows(num_drafts, metadata.draft_token_ids)
         meta = sampling_metadata
+        wants_logprobs = meta.max_num_logprobs is not None or meta.logprob_token_ids
+        shows_processed = bool(wants_logprobs) and self.is_processed_logprobs_mode
         final, temperature = logits, meta.temperature
-        if needs_processing(meta):
+        if shows_processed or needs_processing(meta):
             final = process(logits.to(torch.float32, copy=True), rows, meta)
             temperature = _after_processing(meta)
         result = self._verify(final, rows, draft_probs, temperature, meta, keys)
         self.last_backend = result.backend
         logprobs = None
-        if meta.max_num_logprobs is not None or meta.logprob_token_ids:
-            source = final if self.is_processed_logprobs_mode else logits
-            if source is logits and self.is_processed_logprobs_mode:
-                source = _scaled(logits, rows, meta)
+        if wants_logprobs:
+            source = final if shows_processed else logits
             logprobs = self._logprobs(source, rows, result.token_ids, meta)
         return SamplerOutput(
             sampled_token_ids=result.token_ids, logprobs_tensors=logprobs
@@ -152,11 +152,6 @@ def _after_processing(meta: SamplingMetadata) -> torch.Tensor | None:
     if meta.all_greedy or meta.temperature is None:
         return None
     return (meta.temperature >= GREEDY_EPS).to(torch.float32)
-
-
-def _scaled(logits: torch.Tensor, rows: Rows, meta: SamplingMetadata) -> torch.Tensor:
-    """Processed logits when temperature is all there is to process."""
-    return process(logits.to(torch.float32, copy=True), rows, meta)
 
 
 def _random_numbers(

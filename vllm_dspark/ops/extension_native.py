@@ -78,6 +78,15 @@ def require() -> Any:
     return module
 
 
+def require_for(tensor: torch.Tensor) -> None:
+    """RuntimeError if the extension, or the tensor's device, does not allow native."""
+    require()
+    if tensor.device.type != "cpu":
+        raise RuntimeError(
+            f"backend 'native' needs CPU tensors, got {tensor.device}; use 'auto'"
+        )
+
+
 def native_status() -> NativeStatus:
     """Facts for `vllm-dspark check`; never raises."""
     try:

@@ -11,9 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_dspark.ops import extension_native
+from vllm_dspark.ops.arguments import (
+    F32,
+    FLOATS,
+    INTEGERS,
+    require,
+    require_randomness,
+    require_vocabulary,
+    resolve_backend,
+)
 
-GREEDY_TEMPERATURE = 1e-5  # below: greedy
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -118,17 +125,11 @@ def _choose(
     backend: str, logits: Tensor
 ) -> Callable[[RejectionInputs], RejectionResult]:
     """Imports are late: triton is optional, and slow to import."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: unknown {backend!r}, one of {BACKENDS}")
-    cuda = logits.is_cuda
-    if backend == "triton" or (backend == "auto" and cuda):
+    backend = resolve_backend(backend, BACKENDS, logits)
+    if backend == "triton":
         from vllm_dspark.ops import rejection_triton
 
         return rejection_triton.checked_run(logits)
-    if backend == "auto":
-        extension_native.log_backend_once()
-        if logits.device.type == "cpu" and extension_native.load() is not None:
-            backend = "native"
     if backend == "native":
         from vllm_dspark.ops import rejection_native
 
@@ -148,15 +149,11 @@ def _check(
     accept: Tensor | None,
     sample: Tensor | None,
 ) -> RejectionInputs:
-    integers = (torch.int32, torch.int64)
-    floats = (torch.float32, torch.bfloat16)
-    require("draft_token_ids", ids, integers, (None,), logits)
-    require("num_draft_tokens", counts, integers, (None,), logits)
+    require("draft_token_ids", ids, INTEGERS, (None,), logits)
+    require("num_draft_tokens", counts, INTEGERS, (None,), logits)
     n, r = ids.shape[0], counts.shape[0]
-    require("target_logits", logits, floats, (n + r, None), logits, inner_only=True)
-    vocab = logits.shape[1]
-    if vocab == 0:
-        raise ValueError(f"target_logits: no vocabulary in {tuple(logits.shape)}")
+    require("target_logits", logits, FLOATS, (n + r, None), logits, inner_only=True)
+    require_vocabulary("target_logits", logits)
     lengths: list[int] = counts.tolist()
     if sum(lengths) != n or min(lengths, default=0) < 0:
         raise ValueError(
@@ -164,68 +161,16 @@ def _check(
             f"shape [{n}] of draft_token_ids; got {lengths[:8]}"
         )
     if probs is not None:
-        columns = vocab if support is None else None
-        f32 = (torch.float32,)
-        require("draft_probs", probs, f32, (n, columns), logits, inner_only=True)
+        columns = logits.shape[1] if support is None else None
+        require("draft_probs", probs, F32, (n, columns), logits, inner_only=True)
     if support is not None:
         if probs is None:
             raise ValueError("draft_support needs draft_probs")
         rows = 1 if support.dim() == 2 and support.shape[0] == 1 else n
         shape = (rows, probs.shape[1])
         require("draft_support", support, (torch.int32,), shape, logits, True)
-    if temperature is not None:
-        require("temperature", temperature, (torch.float32,), (r,), logits)
-        f64 = (torch.float64,)
-        if accept is not None:
-            require("accept_uniforms", accept, f64, (n,), logits)
-        if sample is not None:
-            require("sample_uniforms", sample, f64, (r,), logits)
-        missing = accept is None or sample is None
-        if missing and bool((temperature >= GREEDY_TEMPERATURE).any()):
-            raise ValueError(
-                f"accept_uniforms of shape [{n}] and sample_uniforms of shape [{r}] "
-                "are needed: some requests are not greedy"
-            )
+    uniforms = {"accept_uniforms": (accept, (n,)), "sample_uniforms": (sample, (r,))}
+    require_randomness(temperature, r, uniforms, logits)
     return RejectionInputs(
         logits, ids, counts, lengths, probs, support, temperature, accept, sample
-    )
-
-
-def require(
-    name: str,
-    tensor: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int | None, ...],
-    like: Tensor,
-    inner_only: bool = False,
-) -> None:
-    """ValueError naming the shape unless `tensor` is as described.
-
-    Args:
-        name: the argument's name, for the message.
-        tensor: the argument.
-        dtypes: what it may be.
-        shape: what it must be, None for any size.
-        like: a tensor on the device it must be on.
-        inner_only: only the last dimension must be contiguous.
-    """
-    actual = tuple(tensor.shape)
-    fits = len(actual) == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, actual, strict=True)
-    )
-    if fits and tensor.dtype in dtypes and tensor.device == like.device:
-        if tensor.is_contiguous() or (
-            inner_only and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1)
-        ):
-            return
-        raise ValueError(
-            f"{name}: shape {list(actual)} with strides {list(tensor.stride())} is "
-            f"not contiguous{' in its last dimension' if inner_only else ''}"
-        )
-    kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    wanted = ", ".join("any" if s is None else str(s) for s in shape)
-    raise ValueError(
-        f"{name}: expected {kinds} of shape [{wanted}] on {like.device}, got "
-        f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(actual)} on "
-        f"{tensor.device}"
     )

@@ -4,17 +4,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from vllm_dspark.ops.extension_native import capsule, require
+from vllm_dspark.ops.extension_native import capsule, require, require_for
 from vllm_dspark.ops.rejection import RejectionInputs, RejectionResult
 
 
 def checked_run(logits: Tensor) -> Callable[[RejectionInputs], RejectionResult]:
     """`run`, or RuntimeError if the extension or the device does not allow it."""
-    require()
-    if logits.device.type != "cpu":
-        raise RuntimeError(
-            f"backend 'native' needs CPU tensors, got {logits.device}; use 'auto'"
-        )
+    require_for(logits)
     return run
 
 

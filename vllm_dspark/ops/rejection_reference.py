@@ -9,11 +9,8 @@ u * total.
 import torch
 from torch import Tensor
 
-from vllm_dspark.ops.rejection import (
-    GREEDY_TEMPERATURE,
-    RejectionInputs,
-    RejectionResult,
-)
+from vllm_dspark.ops.arguments import GREEDY_TEMPERATURE
+from vllm_dspark.ops.rejection import RejectionInputs, RejectionResult
 
 # A residual with less mass is the rounding noise of p - q: draw from p. It happens with
 # at most this probability, which bounds the bias.

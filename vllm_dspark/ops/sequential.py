@@ -11,12 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_dspark.ops import extension_native
-from vllm_dspark.ops.rejection import GREEDY_TEMPERATURE, require
+from vllm_dspark.ops.arguments import (
+    F32,
+    FLOATS,
+    INTEGERS,
+    require,
+    require_randomness,
+    require_vocabulary,
+    resolve_backend,
+)
 
 BACKENDS = ("auto", "reference", "native")
 HEAD_TYPES = ("none", "vanilla", "gated", "rnn")
-FLOATS = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +144,7 @@ def draft_sequential(
 def _choose(
     backend: str, base: Tensor
 ) -> Callable[[SequentialInputs], SequentialDraft]:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: unknown {backend!r}, one of {BACKENDS}")
-    if backend == "auto" and base.device.type == "cpu":
-        extension_native.log_backend_once()
-        if extension_native.load() is not None:
-            backend = "native"
+    backend = resolve_backend(backend, BACKENDS, base)
     if backend == "native":
         from vllm_dspark.ops import sequential_native
 
@@ -164,29 +165,21 @@ def _check(
 ) -> None:
     require("base_logits", base, FLOATS, (None, None, None), base, inner_only=True)
     r, k, vocab = base.shape
-    if vocab == 0:
-        raise ValueError(f"base_logits: no vocabulary in {tuple(base.shape)}")
+    require_vocabulary("base_logits", base)
     require("hidden", hidden, FLOATS, (r, k, None), base, inner_only=True)
-    require("anchor_ids", anchors, (torch.int32, torch.int64), (r,), base)
+    require("anchor_ids", anchors, INTEGERS, (r,), base)
     if topk is not None and topk < 1:
         raise ValueError(f"topk: expected at least 1, got {topk}")
     check_head(head, vocab, hidden.shape[2], base)
-    if temperature is None:
-        return
-    require("temperature", temperature, (torch.float32,), (r,), base)
-    if uniforms is not None:
-        require("uniforms", uniforms, (torch.float64,), (r, k), base)
-    elif bool((temperature >= GREEDY_TEMPERATURE).any()):
-        raise ValueError(
-            f"uniforms of shape [{r}, {k}] are needed: some requests are not greedy"
-        )
+    uniform_numbers = {"uniforms": (uniforms, (r, k))}
+    require_randomness(temperature, r, uniform_numbers, base)
 
 
 def check_head(head: SequentialHead, vocab: int, width: int, like: Tensor) -> None:
     """ValueError naming the shape unless the weights fit Vd and d."""
     if head.head_type not in HEAD_TYPES:
         raise ValueError(f"head_type: unknown {head.head_type!r}, one of {HEAD_TYPES}")
-    f32, rank = (torch.float32,), head.rank
+    rank = head.rank
     if head.markov_w1 is not None:
         require("markov_w1", head.markov_w1, FLOATS, (None, None), like)
     if head.head_type != "none":
@@ -211,9 +204,9 @@ def check_head(head: SequentialHead, vocab: int, width: int, like: Tensor) -> No
                 f"confidence_weight: expected shape [{width}] or, with markov_w1, "
                 f"[{width + rank}], got {list(head.confidence_weight.shape)}"
             )
-        require("confidence_weight", head.confidence_weight, f32, (size,), like)
+        require("confidence_weight", head.confidence_weight, F32, (size,), like)
         if head.confidence_bias is not None:
-            require("confidence_bias", head.confidence_bias, f32, (1,), like)
+            require("confidence_bias", head.confidence_bias, F32, (1,), like)
     if head.draft_to_target is not None:
         ints = (torch.int32,)
         require("draft_to_target", head.draft_to_target, ints, (vocab,), like)

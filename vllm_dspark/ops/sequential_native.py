@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_dspark.ops.extension_native import capsule, require
+from vllm_dspark.ops.extension_native import capsule, require, require_for
 from vllm_dspark.ops.sequential import (
     SequentialDraft,
     SequentialHead,
@@ -28,11 +28,7 @@ _handles: "weakref.WeakKeyDictionary[SequentialHead, tuple[Any, tuple[int, ...]]
 
 def checked_run(base: Tensor) -> Callable[[SequentialInputs], SequentialDraft]:
     """`run`, or RuntimeError if the extension or the device does not allow it."""
-    require()
-    if base.device.type != "cpu":
-        raise RuntimeError(
-            f"backend 'native' needs CPU tensors, got {base.device}; use 'auto'"
-        )
+    require_for(base)
     return run
 
 

@@ -8,7 +8,7 @@ Probabilities and draws are those of `rejection_reference`.
 import torch
 from torch import Tensor
 
-from vllm_dspark.ops.rejection import GREEDY_TEMPERATURE
+from vllm_dspark.ops.arguments import GREEDY_TEMPERATURE
 from vllm_dspark.ops.rejection_reference import inverse_cdf, softmax_weights
 from vllm_dspark.ops.sequential import (
     SequentialDraft,

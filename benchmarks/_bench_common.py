@@ -1,4 +1,4 @@
-"""What the operator benchmarks share: timing in turn, tables, files with provenance."""
+"""What the benchmarks share: prompts, timing in turn, tables, files with provenance."""
 
 from __future__ import annotations
 
@@ -6,13 +6,43 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_dspark import provenance
+
+Prompt = TypeVar("Prompt")
+
+
+def prompts_in_turn(
+    path: Path,
+    make: Callable[[list[dict[str, str]]], Prompt | None],
+    group: Callable[[str], str] = str,
+    most: int | None = None,
+) -> list[tuple[str, Prompt]]:
+    """(group, prompt) of a JSONL file's rows, the groups taking turns.
+
+    Args:
+        path: rows {"dataset", "messages"}.
+        make: the prompt of a row's messages; None leaves the row out.
+        group: the group of a dataset.
+        most: prompts of a group.
+    """
+    groups: dict[str, list[Prompt]] = defaultdict(list)
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if (prompt := make(row["messages"])) is not None:
+            groups[group(row["dataset"])].append(prompt)
+    return [
+        (name, prompts[i])
+        for i in range(max(map(len, groups.values()), default=0))
+        for name, prompts in groups.items()
+        if i < min(len(prompts), len(prompts) if most is None else most)
+    ]
 
 
 def time_in_turn(
@@ -56,7 +86,7 @@ def print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> No
     Console(width=110).print(table)
 
 
-def write_json(path: str | None, result: dict[str, Any]) -> None:
+def write_json(path: str | Path | None, result: dict[str, Any]) -> None:
     """Writes `result` with a provenance record, if there is a path."""
     if path is None:
         return

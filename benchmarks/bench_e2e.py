@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
-import sys
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _bench_common as common
 
-from vllm_dspark import provenance
 from vllm_dspark.cli import near_tie
 from vllm_dspark.cli.arms import (
     Answer,
@@ -70,18 +66,14 @@ class Arm:
 
 def load_prompts(path: Path, per_domain: int, longest: int) -> list[tuple[str, Any]]:
     """The first ``per_domain`` prompts of each domain, domains in turn."""
-    rows: dict[str, list[Any]] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        domain = DOMAINS.get(row["dataset"], row["dataset"])
-        if sum(len(m["content"]) for m in row["messages"]) <= longest:
-            rows[domain].append(row["messages"])
-    return [
-        (domain, rows[domain][i])
-        for i in range(per_domain)
-        for domain in rows
-        if i < len(rows[domain])
-    ]
+
+    def make(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+        return messages if sum(len(m["content"]) for m in messages) <= longest else None
+
+    def domain(dataset: str) -> str:
+        return DOMAINS.get(dataset, dataset)
+
+    return common.prompts_in_turn(path, make, domain, per_domain)
 
 
 def summarise(
@@ -198,9 +190,7 @@ def main() -> None:
             print(f"{i + 1}/{len(prompts)} {domain}", end="\r", flush=True)
         result = summarise(arms, prompts, Path(args.target))
     show(result)
-    if args.json:
-        record = {"arms": result, "provenance": provenance.collect()}
-        args.json.write_text(json.dumps(record, indent=1))
+    common.write_json(args.json, {"arms": result})
 
 
 if __name__ == "__main__":

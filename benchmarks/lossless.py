@@ -12,19 +12,15 @@ with 1 when a single token differs; then it prints the target's logit gap there.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from vllm_dspark import provenance
+import _bench_common as common
 
 # Engine arguments of each setting; "asks" is how often every prompt is asked,
 # "kv_share" how much of the K/V cache that 16 requests need there is.
@@ -42,17 +38,15 @@ def load_prompts(path: Path, target: str, count: int, longest: int) -> list[list
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    by_dataset: dict[str, list[list[int]]] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+
+    def make(messages: list[dict[str, str]]) -> list[int] | None:
         text = tokenizer.apply_chat_template(
-            row["messages"], add_generation_prompt=True, tokenize=False
+            messages, add_generation_prompt=True, tokenize=False
         )
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) <= longest:
-            by_dataset[row["dataset"]].append(ids)
-    rounds = range(max(map(len, by_dataset.values())))
-    rows = [r[i] for i in rounds for r in by_dataset.values() if i < len(r)]
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids if len(ids) <= longest else None
+
+    rows = [prompt for _, prompt in common.prompts_in_turn(path, make)]
     if len(rows) < count:
         raise SystemExit(f"{path} has {len(rows)} prompts that fit, {count} wanted")
     return rows[:count]
@@ -171,9 +165,7 @@ def main() -> int:
         print(f"{name}: {equal}/{len(prompts)} equal, {facts}", flush=True)
         for row in different:
             print(f"  {row}")
-    if args.json:
-        record = {"results": results, "provenance": provenance.collect()}
-        args.json.write_text(json.dumps(record, indent=1))
+    common.write_json(args.json, {"results": results})
     return int(any(r.get("different") for r in results.values()))
 
 

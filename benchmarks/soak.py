@@ -22,9 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _bench_common as common
 
-from vllm_dspark import provenance
 from vllm_dspark.cli.server import Server, speculative_arguments
 from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 
@@ -194,18 +193,16 @@ def main() -> int:
     same = first["texts"] == last["texts"]
     print(f"after:  τ {last['tau']:.4f} over {last['rounds']:.0f} rounds, same: {same}")
     print(f"requests {dict(load.counts)}, failures {load.failures}, totals {totals}")
-    if args.json:
-        record = {
-            "tau_before": first["tau"],
-            "tau_after": last["tau"],
-            "texts_equal": same,
-            "minutes": args.minutes,
-            "requests": dict(load.counts),
-            "failures": load.failures,
-            "totals": totals,
-            "provenance": provenance.collect(),
-        }
-        args.json.write_text(json.dumps(record, indent=1))
+    record = {
+        "tau_before": first["tau"],
+        "tau_after": last["tau"],
+        "texts_equal": same,
+        "minutes": args.minutes,
+        "requests": dict(load.counts),
+        "failures": load.failures,
+        "totals": totals,
+    }
+    common.write_json(args.json, record)
     return int(not same or bool(load.failures) or last["tau"] < first["tau"] * 0.99)
 
 

@@ -74,6 +74,11 @@ def test_equal_texts(fake_demo, demo_drafter, capsys):
     }
     printed = capsys.readouterr().out
     assert "The answer is 42.!" in printed and "equal, token for token" in printed
+    # A reader must not take the eager plain server for vLLM at its best.
+    assert "--enforce-eager" in plain and "demo --compile" in printed
+    fake_demo("--repeats", "1", "--compile")
+    assert "--enforce-eager" not in fake_demo.started[-1]
+    assert "ran compiled" in capsys.readouterr().out
 
 
 def test_a_difference_reports_the_largest_gap(fake_demo, monkeypatch, capsys):

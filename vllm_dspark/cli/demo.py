@@ -36,6 +36,12 @@ PROMPTS = {
 # Best measured on two cores with the demo drafter.
 DRAFT_TOKENS = 3
 SERVE_PORT = 8000
+EAGER = (
+    "Both servers ran eager (--enforce-eager, no torch.compile), to start sooner; the "
+    "ratio of compiled ones may differ: vllm-dspark demo --compile, or "
+    "make demo DEMO_ARGS=--compile"
+)
+COMPILED = "Both servers ran compiled (torch.compile)."
 
 _EXAMPLE = """example:
   vllm-dspark demo                       about 5 minutes on a laptop
@@ -150,8 +156,9 @@ def _server(
             *SERVER_ARGUMENTS,
             *extra,
             # Without torch.compile a server starts in 30 s instead of 110 the first
-            # time. One stream, two cores, tokens/s eager and compiled: 30 and 31
-            # plain, 45 and 41 with DSpark.
+            # time; two of those beside the set-up come too close to ten minutes.
+            # One stream, two cores, tokens/s eager and compiled: 30 and 31 plain, 45
+            # and 41 with DSpark. The result says which it was.
             *([] if arguments.compile else ["--enforce-eager"]),
             *speculative_arguments(config),
         ],
@@ -218,6 +225,7 @@ def _report(
     fast, plain = arms.values()
     console.rule("result")
     console.print(display.result_table(arms))
+    console.print(COMPILED if arguments.compile else EAGER)
     display.print_speculation(console, fast)
     found = near_tie.differences(folders["target"], fast.answers, plain.answers)
     display.print_differences(console, found, len(PROMPTS))

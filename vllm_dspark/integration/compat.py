@@ -54,6 +54,7 @@ _CONFIG = "vllm.config:"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _DFLASH = "vllm.model_executor.models.qwen3_dflash:"
 _PROC = "vllm.v1.sample.logits_processor.builtin:"
+_BUDGET = "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
 _PROPOSER = "vllm.v1.spec_decode.dflash:DFlashProposer"
 
 SYMBOLS: tuple[Symbol, ...] = (
@@ -221,6 +222,14 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     _s(_PROC + "LogitBiasLogitsProcessor", None, "its biases are read"),
     _s(_PROC + "MinPLogitsProcessor", None, "its min_p_cpu_tensor is read"),
+    # thinking budget (thinking.py)
+    _s(_BUDGET + ".has_tracked_requests", "", "called"),
+    _s(_BUDGET + ".update_state", "output_token_ids spec_token_ids", "called"),
+    _s(
+        _BUDGET + ".apply_to_logits",
+        "logits predict_bonus_token spec_token_ids",
+        "called",
+    ),
 )
 
 

@@ -25,6 +25,8 @@ from vllm.v1.sample.ops.bad_words import apply_bad_words
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from vllm_dspark.integration import thinking
+
 # vLLM's threshold below which a temperature means greedy.
 GREEDY_EPS = 1e-5
 
@@ -50,27 +52,31 @@ class Rows:
         """First row of each request."""
         return [0, *np.cumsum(self.num_drafts + 1).tolist()[:-1]]
 
+    @cached_property
+    def drafts(self) -> list[list[int]]:
+        """Draft tokens of each request."""
+        tokens = self.draft_token_ids.tolist()
+        ends = np.cumsum(self.num_drafts).tolist()
+        return [tokens[b:e] for b, e in zip([0, *ends], ends, strict=False)]
+
     def history(self, outputs: list[list[int]]) -> list[list[int]]:
         """Output tokens each row may look back on: the request's and its drafts'."""
-        drafts = self.draft_token_ids.tolist()
-        rows: list[list[int]] = []
-        begin = 0
-        for out, n in zip(outputs, self.num_drafts.tolist(), strict=True):
-            rows.extend(out + drafts[begin : begin + j] for j in range(n + 1))
-            begin += n
-        return rows
+        return [
+            out + drafts[:j]
+            for out, drafts in zip(outputs, self.drafts, strict=True)
+            for j in range(len(drafts) + 1)
+        ]
 
 
 def needs_processing(meta: SamplingMetadata) -> bool:
     """Whether any request of the batch asks for more than a temperature."""
-    holder = meta.thinking_budget_state_holder
     return (
         not meta.no_penalties
         or bool(meta.bad_words_token_ids)
         or meta.allowed_token_ids_mask is not None
         or meta.top_k is not None
         or meta.top_p is not None
-        or (holder is not None and holder.has_tracked_requests())
+        or thinking.is_tracked(meta.thinking_budget_state_holder)
         or any(_is_active(p) for p in meta.logitsprocs.all)
     )
 
@@ -143,7 +149,10 @@ def _mask_and_bias(
             meta.repetition_penalties[rows.request],
             history,
         )
-    return _thinking_budget(logits, rows, meta)
+    holder = meta.thinking_budget_state_holder
+    if thinking.is_tracked(holder):
+        thinking.apply(logits, holder, rows.starts, rows.drafts, meta.output_token_ids)
+    return logits
 
 
 def _logit_bias(
@@ -164,23 +173,4 @@ def _min_p(logits: torch.Tensor, rows: Rows, meta: SamplingMetadata) -> torch.Te
             # p < min_p · max(p) in logits, which needs no softmax.
             floor = logits.amax(dim=-1) + min_p.log()
             logits.masked_fill_(logits < floor.unsqueeze(1), float("-inf"))
-    return logits
-
-
-def _thinking_budget(
-    logits: torch.Tensor, rows: Rows, meta: SamplingMetadata
-) -> torch.Tensor:
-    """vLLM's reasoning budget, which wants draft rows and bonus rows apart."""
-    holder = meta.thinking_budget_state_holder
-    if holder is None or not holder.has_tracked_requests():
-        return logits
-    holder.update_state(meta.output_token_ids, meta.spec_token_ids, repeat_indices=None)
-    bonus = torch.tensor(rows.starts) + torch.from_numpy(rows.num_drafts.astype("i8"))
-    is_draft = torch.ones(logits.shape[0], dtype=torch.bool)
-    is_draft[bonus] = False
-    for index, predict_bonus in ((is_draft, False), (~is_draft, True)):
-        if bool(index.any()):
-            logits[index] = holder.apply_to_logits(
-                logits[index], predict_bonus, meta.spec_token_ids
-            )
     return logits

@@ -26,7 +26,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_dspark.integration import uniforms
+from vllm_dspark.integration import thinking, uniforms
 from vllm_dspark.integration.config import options
 from vllm_dspark.integration.pending import Drafted, PendingDrafts
 from vllm_dspark.integration.proposer import DSparkProposer, StepTokens
@@ -113,7 +113,10 @@ class DSparkRunnerMixin:
     ) -> SamplerOutput:
         seeds = self._seeds()
         if spec_decode_metadata is None:
-            if not any(seed is not None for seed in seeds):
+            seeded = any(seed is not None for seed in seeds)
+            # vLLM's sampler would count a budget in its own way (see `thinking`).
+            holder = self.input_batch.thinking_budget_state_holder
+            if not (seeded or thinking.is_tracked(holder)):
                 return super()._sample(logits, None)  # type: ignore[misc]
             spec_decode_metadata = _no_drafts(len(seeds), self.device)
         # Our random numbers are keyed by seed and position. vLLM would rewind these

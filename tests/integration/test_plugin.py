@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -202,3 +203,29 @@ def test_the_v2_runner_is_left_alone(tiny_target: Path, tiny_drafter: Path) -> N
     assert ours["v2"] is False
     assert ours["worker_cls"].startswith("vllm_dspark.")
     assert ours["scheduler_cls"].startswith("vllm_dspark.")
+
+
+VLLM = "import sys; from vllm.entrypoints.cli.main import main; main()"
+
+
+@pytest.mark.slow
+def test_vllm_bench(tmp_path: Path) -> None:
+    """``vllm bench`` builds the configuration its own way: the plugin is there too."""
+    from tests.tiny import make_tiny_drafter, make_tiny_target
+
+    # Its random prompts have token ids up to 10,000.
+    target = make_tiny_target(tmp_path / "target", vocab_size=10_048)
+    drafter = make_tiny_drafter(tmp_path / "drafter", target)
+    spec = json.dumps({"method": "dspark", "model": str(drafter)})
+    result = tmp_path / "latency.json"
+    command = ["bench", "latency", "--model", target, "--speculative-config", spec]
+    command += ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32"]
+    command += ["--max-model-len", 256, "--kv-cache-memory-bytes", 64 << 20]
+    command += ["--input-len", 8, "--output-len", 16, "--batch-size", 2]
+    command += ["--num-iters", 1, "--num-iters-warmup", 0, "--output-json", result]
+    # Ends in a line of JSON, which is what run_python_with_output looks for.
+    code = f"{VLLM}; print('[]')"
+    _, output = run_python_with_output(code, *command)
+    assert json.loads(result.read_text())["avg_latency"] > 0
+    # And it says, once, what the kernels run with.
+    assert output.count("native kernels: ") == 1

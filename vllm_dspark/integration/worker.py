@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -29,10 +30,19 @@ def _swapped(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
+def _log_like_vllm() -> None:
+    """Our log lines go where vLLM's go; otherwise those of level INFO go nowhere."""
+    ours, theirs = logging.getLogger("vllm_dspark"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+
+
 class DSparkCPUWorker(cpu_worker.CPUWorker):
     """CPU worker with DSpark on the V1 runner."""
 
     def init_device(self) -> None:
+        _log_like_vllm()
         with _swapped(cpu_worker, "CPUModelRunner", DSparkCPUModelRunner):
             super().init_device()
 
@@ -41,5 +51,6 @@ class DSparkGPUWorker(gpu_worker.Worker):
     """GPU worker with DSpark on the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0)."""
 
     def init_device(self) -> None:
+        _log_like_vllm()
         with _swapped(gpu_model_runner, "GPUModelRunner", DSparkGPUModelRunner):
             super().init_device()

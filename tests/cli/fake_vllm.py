@@ -1,11 +1,13 @@
-"""Stands in for `vllm serve`: health, models, streamed answers, metrics.
+"""Stands in for `vllm serve`: health, models, streamed answers, metrics, completions.
 
 Run as a script with a port and a mode. ``speculate`` answers in chunks of two tokens
 and counts one accepted draft a round; ``plain`` in chunks of one and counts nothing;
-``differ`` is plain with another last token; ``die`` stops with an error.
+``differ`` is plain with another last token; ``die`` stops with an error; ``vanish``
+stops at the 20th completion, ``refuse`` refuses them, ``hiccup`` drops connections.
 """
 
 import json
+import os
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +22,7 @@ class Handler(BaseHTTPRequestHandler):
 
     mode: ClassVar[str] = "plain"
     rounds: ClassVar[int] = 0
+    completions: ClassVar[int] = 0
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
@@ -49,6 +52,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         size = int(self.headers["Content-Length"])
         asked = json.loads(self.rfile.read(size))
+        if self.path == "/v1/completions":
+            self._complete(asked)
+            return
         assert asked["temperature"] == 0 and asked["return_token_ids"]
         words = WORDS[: asked["max_tokens"]]
         step = 2 if self.mode == "speculate" else 1
@@ -65,6 +71,30 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.002)
         self.wfile.write(b"data: [DONE]\n\n")
 
+    def _complete(self, asked: dict[str, Any]) -> None:
+        """Token ids that follow from prompt and seed; a user turn ends with 98, LF."""
+        assert asked["return_token_ids"] and asked["top_p"] == 1.0
+        assert asked["top_k"] == 0 and asked["repetition_penalty"] == 1.0
+        type(self).completions += 1
+        if self.mode == "hiccup" and self.completions % 7 == 0:
+            self.close_connection = True  # without an answer
+            return
+        if self.mode == "vanish" and self.completions >= 20:
+            print("(EngineCore pid=2) ERROR 11-23 [x.py:1] MemoryError: no more")
+            sys.stdout.flush()
+            os._exit(9)
+        if self.mode == "refuse":
+            body = json.dumps({"error": {"message": "prompt too long", "code": 400}})
+            self._send(body, status=400)
+            return
+        start = sum(asked["prompt"]) + (asked["seed"] if asked["temperature"] else 0)
+        length = asked["max_tokens"] - 3
+        ids = [40 + (start * (i + 1) + start // 50 * i * i) % 50 for i in range(length)]
+        ids.append(98 if asked.get("stop") == ["\n"] else 2)
+        choice = {"index": 0, "text": "x", "finish_reason": "stop", "token_ids": ids}
+        body = {"id": "x", "object": "text_completion", "created": 0, "model": "fake"}
+        self._send(json.dumps({**body, "choices": [choice]}))
+
     def _event(self, ids: list[int], text: str, prompt_ids: list[int] | None) -> None:
         choice: dict[str, Any] = {"index": 0, "delta": {"content": text}}
         choice |= {"token_ids": ids, "finish_reason": None}
@@ -73,9 +103,10 @@ class Handler(BaseHTTPRequestHandler):
         body["prompt_token_ids"] = prompt_ids
         self.wfile.write(f"data: {json.dumps(body)}\n\n".encode())
 
-    def _send(self, text: str) -> None:
+    def _send(self, text: str, status: int = 200) -> None:
         data = text.encode()
-        self.send_response(200)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -90,10 +121,14 @@ def main() -> None:
     sys.stdout.flush()
     if Handler.mode == "die":
         print(
+            "(APIServer pid=1) WARNING 11-23 [x.py:1] may cause `OSError: [Errno 24]`"
+        )
+        print(
             "(EngineCore pid=2) ERROR 11-23 09:22:07 [x.py:1] ValueError: bad drafter"
         )
         print("RuntimeError: Engine core initialization failed. See root cause above.")
         sys.exit(3)
+    ThreadingHTTPServer.request_queue_size = 64
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 

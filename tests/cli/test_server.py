@@ -1,12 +1,14 @@
 """The server process: ready, dead with its cause named, stopped with its children."""
 
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import FAKE
 from vllm_dspark.cli.server import Server, free_port, speculative_arguments
 
 
@@ -59,12 +61,37 @@ def test_stop_reaches_children_that_outlive_their_parent(tmp_path: Path):
         while not server.last_line().isdigit() and time.monotonic() < deadline:
             time.sleep(0.05)
         pid = int(server.last_line())
+    assert is_gone(pid)
+
+
+def test_a_killed_parent_leaves_no_server(tmp_path: Path):
+    """SIGKILL gives the parent no time to stop anything."""
+    server = (
+        "import sys; from pathlib import Path;"
+        "from vllm_dspark.cli.server import Server;"
+        f"server = Server('model', [], Path({str(tmp_path / 'log')!r}));"
+        f"server.command = [sys.executable, {str(FAKE)!r}, str(server.port), 'plain'];"
+        "server.__enter__(); server.wait_ready(lambda *_: None);"
+        "print(server._process.pid, flush=True); server.wait()"
+    )
+    command = [sys.executable, "-c", server]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        parent.kill()
+    assert is_gone(pid)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within ten seconds."""
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            return  # killed; nobody in this container reaps orphans
+    stat = Path(f"/proc/{pid}/stat")
+    while time.monotonic() < deadline:
+        # Z: killed, and nobody in this container reaps orphans.
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return True
         time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
+    return False
 
 
 def test_a_taken_port_is_refused_by_number():

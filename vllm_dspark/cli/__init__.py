@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-SUBCOMMANDS = ("demo", "check", "convert", "evaluate")
+SUBCOMMANDS = ("demo", "check", "convert", "synthesize", "evaluate")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,10 +25,22 @@ START_TIMEOUT = 600.0
 # What vLLM puts before a message: process name, level, date and source line.
 _PREFIX = re.compile(r"^(\([^)]*\) )*([A-Z]+ [\d-]+ [\d:.]+ )?(\[[^\]]*\] )?")
 _ERROR = re.compile(r"\b[A-Za-z_.]*(Error|Exception)\b: \S")
+# A warning may speak of errors that could come.
+_HARMLESS = re.compile(r"^(\([^)]*\) )*(DEBUG|INFO|WARNING) ")
 # Says only that another process failed.
 _SECOND_HAND = re.compile(
     r"EngineDeadError|Engine core initialization failed|WorkerProc"
 )
+
+# Becomes the command after asking Linux for SIGTERM when its parent dies: a parent that
+# is killed stops nothing itself, and an orphan would hold memory for ever.
+_END_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)  # it died before we asked
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 Metrics = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -75,9 +87,10 @@ class Server:
 
     def __enter__(self) -> Self:
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        starter = [sys.executable, "-c", _END_WITH_PARENT, str(os.getpid())]
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                self.command,
+                starter + self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -146,7 +159,9 @@ class Server:
         causes = [
             _PREFIX.sub("", line).strip()
             for line in lines
-            if _ERROR.search(line) and not _SECOND_HAND.search(line)
+            if _ERROR.search(line)
+            and not _SECOND_HAND.search(line)
+            and not _HARMLESS.search(line)
         ]
         cause = f"cause: {causes[0]}\n" if causes else ""
         tail = "\n".join(f"  | {line}" for line in lines[-12:])

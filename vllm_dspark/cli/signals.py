@@ -1,8 +1,10 @@
 """A command that is stopped must not leave a server behind."""
 
+import signal
 from types import FrameType
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Handler of SIGTERM: end as Ctrl-C does, through every ``with`` block."""
-    raise KeyboardInterrupt
+    # As the signal, not the exception: asyncio makes an orderly end of it, too.
+    signal.raise_signal(signal.SIGINT)

@@ -240,3 +240,25 @@ def test_weights_that_are_not_numbers(
     ):
         pass
     assert "NaN or infinite" in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_a_stale_build(
+    backend: str,
+    tiny_target: Path,
+    tiny_drafter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is found while the engine starts, not by the first request."""
+    from vllm_dspark.ops import extension_native
+
+    def stale() -> None:
+        raise RuntimeError("built from other sources")
+
+    monkeypatch.setattr(extension_native, "_load", stale)
+    extra = {"additional_config": {"dspark": {"backend": backend}}}
+    with (
+        pytest.raises(RuntimeError, match="built from other sources"),
+        engine(tiny_target, tiny_drafter, **extra),
+    ):
+        pytest.fail("the engine started")

@@ -12,7 +12,9 @@ import vllm.v1.worker.cpu_worker as cpu_worker
 import vllm.v1.worker.gpu_model_runner as gpu_model_runner
 import vllm.v1.worker.gpu_worker as gpu_worker
 
+from vllm_dspark.integration.config import options
 from vllm_dspark.integration.runner import DSparkCPUModelRunner, DSparkGPUModelRunner
+from vllm_dspark.ops import extension_native
 
 
 @contextmanager
@@ -38,11 +40,20 @@ def _log_like_vllm() -> None:
         ours.setLevel(theirs.level)
 
 
+def _require_kernels(backend: str) -> None:
+    """RuntimeError now for a stale or missing build, not with the first request."""
+    if backend == "native":
+        extension_native.require()
+    elif backend == "auto":
+        extension_native.load()
+
+
 class DSparkCPUWorker(cpu_worker.CPUWorker):
     """CPU worker with DSpark on the V1 runner."""
 
     def init_device(self) -> None:
         _log_like_vllm()
+        _require_kernels(options(self.vllm_config).backend)
         with _swapped(cpu_worker, "CPUModelRunner", DSparkCPUModelRunner):
             super().init_device()
 

@@ -29,3 +29,14 @@ def tiny_drafter(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) ->
     from tests.tiny import make_tiny_drafter
 
     return make_tiny_drafter(tmp_path_factory.mktemp("tiny-drafter"), tiny_target)
+
+
+@pytest.fixture(scope="session")
+def text_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny target with a tokenizer, and its drafter."""
+    from tests.tiny import make_tiny_drafter, make_tiny_target, make_tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("text-pair")
+    target = make_tiny_target(folder / "target")
+    make_tiny_tokenizer(target)
+    return target, make_tiny_drafter(folder / "drafter", target)

@@ -12,17 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def text_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny target with a tokenizer, and its drafter."""
-    from tests.tiny import make_tiny_drafter, make_tiny_target, make_tiny_tokenizer
-
-    folder = tmp_path_factory.mktemp("text-pair")
-    target = make_tiny_target(folder / "target")
-    make_tiny_tokenizer(target)
-    return target, make_tiny_drafter(folder / "drafter", target)
-
-
-@pytest.fixture(scope="session")
 def small_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pair with 24 tokens, few enough to enumerate what the target may say."""
     from tests.tiny import make_tiny_drafter, make_tiny_target

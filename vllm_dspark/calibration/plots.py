@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from vllm_dspark.calibration.reliability import ece, reliability
+from vllm_dspark.calibration.rounds import Floats, Rounds
 from vllm_dspark.calibration.summary import Summary
 from vllm_dspark.calibration.threshold import Verified
 
@@ -38,9 +42,36 @@ def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
         raise ValueError(
             "figures need matplotlib: pip install 'vllm-dspark[bench]'"
         ) from error
-    drawing = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
+    size = (3.6 * columns, 3.2 * rows)
+    drawing = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(drawing)
     return drawing, drawing.subplots(rows, columns, squeeze=False)
+
+
+def reliabilities(
+    rounds: Rounds, raw: Floats, calibrated: Floats, title: str, file: Path
+) -> None:
+    """Reliability diagrams by position: raw survivals above, calibrated below.
+
+    Shape: raw, calibrated [N, K].
+    """
+    drawing, axes = figure(rounds.width, 2)
+    drawing.suptitle(title)
+    for k in range(rounds.width):
+        rows = np.isfinite(raw[:, k]) & (rounds.num_drafts > k)
+        hit = rounds.accepted[rows] > k
+        for axis, survivals in ((axes[0][k], raw), (axes[1][k], calibrated)):
+            found = reliability(survivals[rows, k], hit)
+            error = ece(survivals[rows, k], hit)
+            axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+            share = 400 * found.count / max(found.count.sum(), 1)
+            axis.scatter(found.predicted, found.observed, s=4 + share)
+            axis.set(xlim=(0, 1), ylim=(0, 1), title=f"k={k + 1}, ECE {error:.1%}")
+    axes[0][0].set_ylabel("accepted (raw)")
+    axes[1][0].set_ylabel("accepted (calibrated)")
+    for axis in axes[1]:
+        axis.set_xlabel("predicted survival")
+    drawing.savefig(file, dpi=90)
 
 
 def evaluations(runs: Sequence[Evaluated], file: Path) -> None:

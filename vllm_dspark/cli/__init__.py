@@ -11,7 +11,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-SUBCOMMANDS = ("demo", "check", "convert", "synthesize", "evaluate")
+SUBCOMMANDS = (
+    "demo",
+    "check",
+    "synthesize",
+    "calibrate",
+    "evaluate",
+    "convert",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

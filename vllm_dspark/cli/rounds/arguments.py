@@ -112,8 +112,24 @@ def load_prompts(arguments: argparse.Namespace, console: Console) -> list[Prompt
     return prompts
 
 
+def _lines(console: Console, what: str, total: int) -> Callable[[], None]:
+    """Progress in a pipe or a CI log: a line every tenth."""
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total > (done - 1) * 10 // total:
+            console.print(f"{what}: {done} of {total}", highlight=False)
+
+    return advance
+
+
 @contextmanager
 def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
+    if not console.is_terminal:
+        yield _lines(console, what, total)
+        return
     columns = Progress.get_default_columns()[:-1]
     extra = (TimeRemainingColumn(), TimeElapsedColumn())
     with Progress(*columns, *extra, console=console) as progress:

@@ -99,7 +99,7 @@ def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "macro": _keys(first.macro),
         "runs": [_run(evaluation) for evaluation in evaluations],
     }
-    return {key: _finite(value) for key, value in result.items()}
+    return {key: finite(value) for key, value in result.items()}
 
 
 def _keys(summary: Summary) -> dict[str, Any]:
@@ -123,12 +123,12 @@ def _run(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: null there."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return value

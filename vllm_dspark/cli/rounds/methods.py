@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
+from vllm_dspark.calibration import file
+from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.rounds import PromptRounds, collect
 from vllm_dspark.calibration.summary import Summary, macro
 from vllm_dspark.cli.arms import Speculation, speculation_between
@@ -19,10 +22,18 @@ from vllm_dspark.cli.rounds.settings import Decoding, Drafting
 def from_rounds(
     name: str, drafting: Drafting, texts: Mapping[float, Sequence[PromptRounds]]
 ) -> list[Evaluation]:
-    """Evaluations of one drafter from its recorded rounds, by temperature."""
+    """Evaluations of one drafter from its recorded rounds, by temperature.
+
+    Raises:
+        ValueError: its calibration is damaged, or another drafter's.
+    """
     found = []
+    calibration = find_calibration(drafting)
     for temperature, mine in texts.items():
         rounds = collect(mine, drafting.num_speculative_tokens)
+        calibrated = None
+        if calibration is not None:
+            calibrated = calibration.scaling(temperature).apply(rounds.confidence)
         found.append(
             Evaluation(
                 name,
@@ -30,10 +41,26 @@ def from_rounds(
                 drafting.method,
                 temperature,
                 drafting.num_speculative_tokens,
-                **figures(rounds, None),
+                **figures(rounds, calibrated),
             )
         )
     return found
+
+
+def find_calibration(drafting: Drafting) -> Calibration | None:
+    """The calibration beside a drafter's weights, None if there is none.
+
+    Raises:
+        ValueError: it is damaged, or another drafter's.
+    """
+    if drafting.model is None:
+        return None
+    path = Path(drafting.model) / file.NAME
+    if not path.exists():
+        return None
+    from vllm_dspark.model.checkpoint import weights_hash
+
+    return file.read(path, weights_hash(drafting.model))
 
 
 def from_counters(

@@ -42,7 +42,8 @@ def read_rows(files: Sequence[Path], limit: int | None = None) -> list[dict[str,
     for file in files:
         if not file.is_file():
             raise ValueError(f"--prompts: there is no file {file}")
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON string may hold other line separators as they are.
+        lines = _text(file).split("\n")
         found = [
             _row(line, f"{file}, line {number}")
             for number, line in enumerate(lines, start=1)
@@ -55,6 +56,13 @@ def read_rows(files: Sequence[Path], limit: int | None = None) -> list[dict[str,
             if limit is None or taken[row["dataset"]] <= limit:
                 rows.append(row)
     return rows
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as text ({error})") from error
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_what_is_right_stays_as_it_is() -> None:
     assert found.ece_after == found.ece_before
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_never_worse_on_held_out_prompts(seed: int) -> None:
     random = np.random.default_rng(seed)
     temperature, bias = random.uniform(0.8, 1.25, 3), random.normal(0, 0.1, 3)

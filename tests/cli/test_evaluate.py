@@ -49,7 +49,7 @@ def test_the_result(
     picture = tmp_path / "out.png"
     found = run(text_pair, prompts, "--engine", "torch", "--png", picture)
     assert list(found["datasets"]) == ["words", "sums"]
-    for entry in (*found["datasets"].values(), found["macro"]):
+    for entry in (*found["datasets"].values(), found["macro"], found["pooled"]):
         assert set(entry) == KEYS
         for name in KEYS - {"tau", "rounds"}:
             assert len(entry[name]) == 5

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = _write(arguments, drafting, out, texts, found)
     console.print(f"written: {out}")
     if arguments.report:
-        title = f"{arguments.drafter.absolute().name} for {arguments.target}"
+        title = f"{result['drafter']} for {result['target']}"
         bias = not arguments.no_bias
         figures = markdown.write(arguments.report, title, found, bias, cost)
         result["report"] = {f"{t:g}": value for t, value in figures.items()}

@@ -88,8 +88,8 @@ def _known_mean(values: Sequence[float]) -> float:
 
 
 def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """The result of the command: ``datasets`` and ``macro`` of the first one, in the
-    keys of `KEYS`, and everything known of all of them under ``runs``."""
+    """The result of the command: ``datasets``, ``macro`` and ``pooled`` of the first
+    one, in the keys of `KEYS`, and all that is known of each one under ``runs``."""
     first = evaluations[0]
     short = {name: _keys(summary) for name, summary in first.datasets.items()}
     result = {
@@ -97,6 +97,7 @@ def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "temperature": first.temperature,
         "datasets": short,
         "macro": _keys(first.macro),
+        "pooled": _keys(first.pooled) if first.pooled else None,
         "runs": [_run(evaluation) for evaluation in evaluations],
     }
     return {key: finite(value) for key, value in result.items()}

@@ -147,12 +147,13 @@ def ask_all(
         advance()
         return ids
 
-    with ThreadPoolExecutor(decoding.concurrency) as pool:
-        try:
-            texts = list(pool.map(ask, prompts))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(decoding.concurrency)
+    try:
+        texts = list(pool.map(ask, prompts))
+    finally:
+        # After an error or Ctrl-C nobody waits for the answers under way: the server
+        # is stopped next, which ends them.
+        pool.shutdown(wait=False, cancel_futures=True)
     return {(index, p.number): ids for p, ids in zip(prompts, texts, strict=True)}
 
 

@@ -48,6 +48,10 @@ class VanillaHead(nn.Module):
         bias: Tensor = self.markov_w2(latent)
         return bias
 
+    def latent(self, prev_ids: Tensor, hidden: Tensor) -> Tensor:
+        """What W2 multiplies: ``[R, K, r]``; arguments as `forward`."""
+        return self.embed(prev_ids)
+
     def forward(self, prev_ids: Tensor, hidden: Tensor) -> Tensor:
         """Biases B_1..B_K of a block.
 
@@ -58,7 +62,7 @@ class VanillaHead(nn.Module):
         Returns:
             ``[R, K, Vd]``.
         """
-        return self.project(self.embed(prev_ids))
+        return self.project(self.latent(prev_ids, hidden))
 
 
 class GatedHead(VanillaHead):
@@ -69,11 +73,11 @@ class GatedHead(VanillaHead):
         rank = config.markov_rank
         self.gate_proj = nn.Linear(config.hidden_size + rank, rank)
 
-    def forward(self, prev_ids: Tensor, hidden: Tensor) -> Tensor:
-        """See `VanillaHead.forward`."""
+    def latent(self, prev_ids: Tensor, hidden: Tensor) -> Tensor:
+        """See `VanillaHead.latent`."""
         prev = self.embed(prev_ids)
         gate = torch.sigmoid(self.gate_proj(torch.cat([hidden, prev], -1)))
-        return self.project(gate * prev)
+        return gate * prev
 
 
 class RnnHead(VanillaHead):
@@ -84,8 +88,8 @@ class RnnHead(VanillaHead):
         rank = config.markov_rank
         self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
-    def forward(self, prev_ids: Tensor, hidden: Tensor) -> Tensor:
-        """See `VanillaHead.forward`."""
+    def latent(self, prev_ids: Tensor, hidden: Tensor) -> Tensor:
+        """See `VanillaHead.latent`."""
         prev = self.embed(prev_ids)
         state = torch.zeros_like(prev[:, 0])
         latents = []
@@ -95,7 +99,7 @@ class RnnHead(VanillaHead):
             keep = torch.sigmoid(gate)
             state = keep * state + (1 - keep) * torch.tanh(candidate)
             latents.append(torch.tanh(output))
-        return self.project(torch.stack(latents, dim=1))
+        return torch.stack(latents, dim=1)
 
 
 _HEADS = {"vanilla": VanillaHead, "gated": GatedHead, "rnn": RnnHead}

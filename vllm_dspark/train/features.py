@@ -1,0 +1,97 @@
+"""What the trainer reads from the target: hidden states and likeliest tokens (3.3).
+
+A sequence is run through the target alone, never padded or batched, so its features
+do not depend on its neighbours and a resumed or cached run sees the same bits. The
+cache holds the features of as many sequences as its budget allows; the others are
+computed again each time they come up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One sequence as the target sees it.
+
+    Args:
+        hidden: ``[T, m·d]``, outputs of the tapped layers side by side.
+        top_ids: ``[T, n]`` int32 target ids, likeliest first: row t predicts token t+1.
+        top_probs: ``[T, n]`` float32, their probabilities at temperature 1.
+    """
+
+    hidden: Tensor
+    top_ids: Tensor
+    top_probs: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        tensors = (self.hidden, self.top_ids, self.top_probs)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class FeatureSource:
+    """Features of sequences, from the cache or from the target.
+
+    Args:
+        target: a Hugging Face causal language model in evaluation mode.
+        layer_ids: tapped layers; the last one is not among them (its Hugging Face
+            output is after the final norm, vLLM's before it).
+        top: n, likeliest tokens kept of each position.
+        cache_bytes: bound of the cache.
+    """
+
+    def __init__(
+        self, target: Any, layer_ids: Sequence[int], top: int, cache_bytes: int
+    ) -> None:
+        self.target, self.layer_ids, self.top = target, tuple(layer_ids), top
+        self.cache_bytes = cache_bytes
+        self.cached_bytes = 0
+        self.computed = 0
+        self._cache: dict[int, Features] = {}
+
+    def get(self, key: int, tokens: Tensor) -> Features:
+        """Features of the sequence ``tokens [T]`` int64 that is known as ``key``."""
+        known = self._cache.get(key)
+        if known is not None:
+            return known
+        features = self.compute(tokens)
+        if self.cached_bytes + features.num_bytes <= self.cache_bytes:
+            self._cache[key] = features
+            self.cached_bytes += features.num_bytes
+        return features
+
+    @torch.no_grad()
+    def compute(self, tokens: Tensor) -> Features:
+        """Run the target."""
+        self.computed += 1
+        output = self.target(
+            tokens[None], output_hidden_states=True, use_cache=False
+        )
+        # hidden_states[i + 1] is the output of layer i.
+        taps = [output.hidden_states[i + 1][0] for i in self.layer_ids]
+        logits = output.logits[0].float()
+        top = logits.topk(min(self.top, logits.shape[-1]), dim=-1)
+        probs = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+        return Features(torch.cat(taps, dim=-1), top.indices.int(), probs)
+
+
+def channel_scale(features: Sequence[Features]) -> Tensor:
+    """Root mean square of every feature channel, ``[m·d]`` float32.
+
+    Hidden states have channels hundreds of times larger than the rest; the trainer
+    divides by these scales and folds them into the projection when it exports.
+    """
+    total = torch.zeros(features[0].hidden.shape[-1], dtype=torch.float64)
+    count = 0
+    for item in features:
+        total += item.hidden.double().square().sum(0)
+        count += len(item.hidden)
+    return (total / count).sqrt().clamp_min(1e-6).float()

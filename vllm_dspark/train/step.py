@@ -1,0 +1,140 @@
+"""Loss and gradient of one optimiser step: sequences one by one, gradients added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_dspark.model.drafter import Drafter
+from vllm_dspark.train.blocks import Blocks
+from vllm_dspark.train.features import Features
+from vllm_dspark.train.loss import (
+    block_loss,
+    confidence_loss,
+    position_weights,
+)
+from vllm_dspark.train.options import TrainOptions
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """Sums over rows that ranks can add; divide by `rows` for means.
+
+    Shape: each ``[γ]`` float64, by position.
+    """
+
+    rows: np.ndarray
+    cross_entropy: np.ndarray
+    distance: np.ndarray
+    confidence_loss: np.ndarray
+
+    def __add__(self, other: StepSums) -> StepSums:
+        return StepSums(
+            self.rows + other.rows,
+            self.cross_entropy + other.cross_entropy,
+            self.distance + other.distance,
+            self.confidence_loss + other.confidence_loss,
+        )
+
+
+class SequenceLoss:
+    """Forward and backward of one sequence's blocks.
+
+    Args:
+        drafter: float32 weights.
+        options: loss weights.
+        scale: ``[m·d]`` channel scale of the features.
+        dtype: what products run in, bfloat16 or float32.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        options: TrainOptions,
+        scale: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self.drafter, self.options, self.dtype = drafter, options, dtype
+        self.inverse_scale = (1.0 / scale).to(dtype)
+        # Frozen, so cast once.
+        self.lm_head = drafter.lm_head.weight.detach().to(dtype)
+        self.embeddings = drafter.embed_tokens.weight.detach()
+        self.position_weights = position_weights(drafter.config.block_size)
+
+    def hidden(self, features: Features, blocks: Blocks) -> Tensor:
+        """h of all blocks, ``[R, K, d]``."""
+        drafter = self.drafter
+        size = blocks.prev_ids.shape[1]
+        last = int(blocks.anchors.max())
+        # Blocks see positions before their anchor only.
+        context = features.hidden[:last].to(self.dtype) * self.inverse_scale
+        ctx = drafter.context_kv(context[None], torch.arange(last)[None])
+        mask_id = drafter.config.mask_token_id
+        ids = torch.full((len(blocks.anchors), size), mask_id)
+        ids[:, 0] = blocks.prev_ids[:, 0]
+        return drafter.run_block(self.embeddings[ids].to(self.dtype), blocks.anchors, ctx)
+
+    def backward(
+        self, features: Features, blocks: Blocks, total_weight: float
+    ) -> StepSums:
+        """Add this sequence's gradient to the parameters'.
+
+        Args:
+            features, blocks: the sequence.
+            total_weight: sum of the row weights of the whole step.
+        """
+        mixed = self.dtype is torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss, sums = self._loss(features, blocks)
+        (loss / total_weight).backward()  # type: ignore[no-untyped-call]
+        return sums
+
+    def _loss(self, features: Features, blocks: Blocks) -> tuple[Tensor, StepSums]:
+        drafter, options = self.drafter, self.options
+        hidden = self.hidden(features, blocks)
+        size = hidden.shape[1]
+        head = drafter.markov_head
+        latent = w2 = prev = None
+        if head is not None:
+            latent = head.latent(blocks.prev_ids, hidden)
+            latent = latent.flatten(0, 1).to(self.dtype)
+            w2 = head.markov_w2.weight.to(self.dtype)
+        weights = self.position_weights[:size] * blocks.valid
+        loss, terms = block_loss(
+            hidden.flatten(0, 1).to(self.dtype),
+            latent,
+            self.lm_head,
+            w2,
+            blocks.target,
+            weights.flatten(),
+            options.ce_weight,
+            options.tv_weight,
+        )
+        bce = torch.zeros_like(weights).flatten()
+        if drafter.confidence_head is not None and options.confidence_weight:
+            if head is not None and drafter.config.confidence_head_with_markov:
+                prev = head.embed(blocks.prev_ids)
+            logits = drafter.confidence_head(hidden, prev).flatten()
+            bce = confidence_loss(logits, terms.distance)
+            loss = loss + options.confidence_weight * (weights.flatten() * bce).sum()
+        return loss, self._sums(blocks.valid, terms.cross_entropy, terms.distance, bce)
+
+    def _sums(self, valid: Tensor, *terms: Tensor) -> StepSums:
+        width = self.drafter.config.block_size
+
+        def by_position(values: Tensor) -> np.ndarray:
+            total = (values.detach().view(valid.shape).double() * valid).sum(0)
+            return np.pad(total.numpy(), (0, width - valid.shape[1]))
+
+        return StepSums(by_position(torch.ones_like(valid)), *map(by_position, terms))
+
+
+def total_weight(rows: Sequence[np.ndarray], block_size: int) -> float:
+    """Sum of the row weights of a step, from `blocks.num_rows` of its sequences."""
+    counts = np.sum(rows, axis=0)
+    weights = position_weights(block_size).double().numpy()
+    return float((counts * weights[: len(counts)]).sum())

@@ -1,0 +1,70 @@
+"""Which tokens a drafter drafts from, and which one stands for "not known yet"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DraftVocabulary:
+    """The most frequent tokens of the training text.
+
+    Args:
+        draft_to_target: ``[Vd]`` int64, ascending target ids; None: all tokens.
+        target_to_draft: ``[V]`` int64, draft id or -1; None likewise.
+        coverage: share of the text's tokens that can be drafted.
+    """
+
+    draft_to_target: Tensor | None
+    target_to_draft: Tensor | None
+    coverage: float
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """``d2t`` as checkpoints hold it: target id minus draft id."""
+        if self.draft_to_target is None:
+            return None
+        return self.draft_to_target - torch.arange(len(self.draft_to_target))
+
+
+def draft_vocabulary(counts: np.ndarray, size: int | None) -> DraftVocabulary:
+    """The ``size`` most frequent tokens, the lowest ids among equals.
+
+    Args:
+        counts: ``[V]``, how often each token occurs in the training responses.
+        size: Vd; None or V: all.
+
+    Raises:
+        ValueError: more draft tokens than vocabulary.
+    """
+    vocab = len(counts)
+    if size is not None and size > vocab:
+        raise ValueError(
+            f"draft_vocab_size is {size}, more than the target's vocabulary, {vocab}"
+        )
+    if size is None or size == vocab:
+        return DraftVocabulary(None, None, 1.0)
+    chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
+    back = torch.full((vocab,), -1, dtype=torch.int64)
+    back[torch.from_numpy(chosen)] = torch.arange(size)
+    covered = float(counts[chosen].sum() / max(counts.sum(), 1))
+    return DraftVocabulary(torch.from_numpy(chosen), back, covered)
+
+
+def choose_mask_token(counts: np.ndarray, special_ids: Sequence[int]) -> int:
+    """A token that the text never uses: a special one if there is any, else the rarest.
+
+    Args:
+        counts: ``[V]`` over prompts and responses.
+        special_ids: the tokenizer's special tokens.
+    """
+    for token in sorted(special_ids):
+        if token < len(counts) and counts[token] == 0:
+            return int(token)
+    # The last among equals: vocabularies are padded with unused ids at their end.
+    return int(len(counts) - 1 - np.argmin(counts[::-1]))

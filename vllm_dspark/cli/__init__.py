@@ -15,6 +15,7 @@ SUBCOMMANDS = (
     "demo",
     "check",
     "synthesize",
+    "train",
     "calibrate",
     "evaluate",
     "convert",

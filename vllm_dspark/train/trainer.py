@@ -1,0 +1,273 @@
+"""The training loop: steps, validations, checkpoints, and how a run ends (3.3)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_dspark import provenance
+from vllm_dspark.config import DrafterConfig
+from vllm_dspark.train import state
+from vllm_dspark.train.blocks import build_blocks, num_rows
+from vllm_dspark.train.data import Sequence, TrainingData
+from vllm_dspark.train.export import checkpoint_state, export
+from vllm_dspark.train.features import FeatureSource, channel_scale
+from vllm_dspark.train.initial import drafter_config, fresh_drafter, target_parts
+from vllm_dspark.train.optim import Optimizers, world
+from vllm_dspark.train.options import TrainOptions
+from vllm_dspark.train.record import Log, step_line, validation_line
+from vllm_dspark.train.step import SequenceLoss, StepSums, total_weight
+from vllm_dspark.train.validate import Validation, Validator
+from vllm_dspark.train.vocabulary import choose_mask_token, draft_vocabulary
+
+_SCALE_SEQUENCES = 32
+_GIB = 1 << 30
+# Where the channel scale lies among a checkpoint's tensors.
+_SCALE, _WEIGHTS, _MOMENTA = "scale", "weights.", "momenta."
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run tells whoever watches it.
+
+    Args:
+        progress: steps done and time taken.
+        total_steps: of the whole run.
+        sums: of the step just done, or None after a validation.
+        validation: its result, or None after a step.
+    """
+
+    progress: state.Progress
+    total_steps: int
+    sums: StepSums | None = None
+    validation: Validation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: ``reason`` is finished, early stop or diverged."""
+
+    reason: str
+    progress: state.Progress
+    coverage: float
+
+
+class Trainer:
+    """One run, fresh or resumed.
+
+    Args:
+        target: the Hugging Face target, in the dtype to train in.
+        special_ids: the tokenizer's special tokens.
+        data: texts.
+        options: everything else.
+        out: the drafter's folder.
+        origin: what the export's provenance says of target and data.
+
+    Raises:
+        ValueError: target, data, options or the folder's earlier run do not fit.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        special_ids: list[int],
+        data: TrainingData,
+        options: TrainOptions,
+        out: Path,
+        origin: dict[str, Any],
+    ) -> None:
+        self.data, self.options, self.out, self.origin = data, options, out, origin
+        parts = target_parts(target)
+        self.vocabulary = draft_vocabulary(
+            data.counts(responses_only=True), options.draft_vocab_size
+        )
+        mask = choose_mask_token(data.counts(responses_only=False), special_ids)
+        self.config = drafter_config(parts.config, options, mask)
+        checked = DrafterConfig.from_dict(self.config, "the drafter to be trained")
+        self.source = FeatureSource(
+            target,
+            checked.target_layer_ids,
+            options.top,
+            int(options.cache_gb * _GIB / world()[1]),
+        )
+        self.drafter = fresh_drafter(
+            checked,
+            parts,
+            self.vocabulary.draft_to_target,
+            options.init,
+            options.seed,
+        )
+        if self.drafter.markov_head is not None:
+            # A step touches few of its rows.
+            self.drafter.markov_head.markov_w1.sparse = True
+        self.total_steps = data.total_steps
+        self.optimizers = Optimizers(self.drafter, options, self.total_steps)
+        self.progress = state.Progress()
+        self.scale = self._restore()
+        dtype = next(target.parameters()).dtype
+        self.model = SequenceLoss(self.drafter, options, self.scale, dtype)
+        self.validator = self._validator()
+
+    # ---- running ----
+
+    def run(self, watch: Callable[[Report], None]) -> Outcome:
+        """Train to the end, an early stop, or until the loss is not a number.
+
+        Args:
+            watch: called after every step and validation.
+        """
+        log = Log(self.out, self.progress.step) if self._leads else None
+        every = self.options.evaluate_every or max(1, self.total_steps // 20)
+        while self.progress.step < self.total_steps:
+            began = time.monotonic()
+            sequences = self.data.step(self.progress.step)
+            sums, norm = self._step(sequences)
+            if not math.isfinite(norm):
+                return self._outcome("diverged")
+            self._advance(began, sequences)
+            step = self.progress.step
+            self._tell(
+                log, step_line(step, sums, norm, self.optimizers.factor(step - 1))
+            )
+            watch(Report(self.progress, self.total_steps, sums=sums))
+            last = step == self.total_steps
+            if step % every == 0 or last:
+                self._validate(log, watch)
+                if self._exhausted:
+                    self.checkpoint()
+                    return self._outcome("early stop")
+            if step % self.options.checkpoint_every == 0 or last:
+                self.checkpoint()
+        return self._outcome("finished")
+
+    def _step(self, sequences: list[Sequence]) -> tuple[StepSums, float]:
+        step, size = self.progress.step, self.options.block_size
+        if step < self.options.short_share * self.total_steps:
+            size = min(size, self.options.short_block)
+        rows = [num_rows(s.anchors, len(s.tokens), size) for s in sequences]
+        weight = total_weight(rows, self.options.block_size)
+        rank, ranks = world()
+        self.optimizers.zero_grad()
+        sums = []
+        for sequence in sequences[rank::ranks]:
+            features = self.source.get(sequence.key, sequence.tokens)
+            blocks = build_blocks(
+                sequence.tokens,
+                features,
+                sequence.anchors,
+                size,
+                self.vocabulary.target_to_draft,
+            )
+            sums.append(self.model.backward(features, blocks, weight))
+        norm = self.optimizers.step(step)
+        total = sums[0]
+        for more in sums[1:]:
+            total = total + more
+        return total, norm
+
+    def _advance(self, began: float, sequences: list[Sequence]) -> None:
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            seconds=self.progress.seconds + time.monotonic() - began,
+            blocks=self.progress.blocks + sum(len(s.anchors) for s in sequences),
+        )
+
+    def _validate(self, log: Log | None, watch: Callable[[Report], None]) -> None:
+        result = self.validator.run()
+        better = result.accepted_length > self.progress.best
+        self.progress = replace(
+            self.progress,
+            best=max(self.progress.best, result.accepted_length),
+            since_best=0 if better else self.progress.since_best + 1,
+        )
+        if better and self._leads:
+            self._export(result)
+        self._tell(log, validation_line(self.progress.step, result))
+        if log is not None:
+            log.draw()
+        watch(Report(self.progress, self.total_steps, validation=result))
+
+    @property
+    def _exhausted(self) -> bool:
+        return 0 < self.options.patience <= self.progress.since_best
+
+    @property
+    def _leads(self) -> bool:
+        return world()[0] == 0
+
+    def _tell(self, log: Log | None, line: dict[str, Any]) -> None:
+        if log is not None:
+            log.add(line, self.progress.seconds, self.progress.blocks)
+
+    def _outcome(self, reason: str) -> Outcome:
+        return Outcome(reason, self.progress, self.vocabulary.coverage)
+
+    # ---- keeping ----
+
+    def checkpoint(self) -> None:
+        """Write what a killed run goes on from."""
+        if not self._leads:
+            return
+        tensors = {_SCALE: self.scale}
+        for name, parameter in self.drafter.named_parameters():
+            if parameter.requires_grad:
+                tensors[_WEIGHTS + name] = parameter.detach()
+        for name, value in self.optimizers.state().items():
+            tensors[_MOMENTA + name] = value
+        state.save(self.out, self.progress, self._settings, tensors)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its first start."""
+        return {**self.options.as_dict(), **self.origin}
+
+    def _restore(self) -> Tensor:
+        """Weights and momenta of the run in the folder, if any; the channel scale."""
+        found = state.load(self.out, self._settings)
+        if found is None:
+            keys = self.data.training[:_SCALE_SEQUENCES].tolist()
+            texts = [self.data.text(key)[0] for key in keys]
+            return channel_scale([self.source.compute(text) for text in texts])
+        self.progress, tensors = found
+        weights = dict(self.drafter.named_parameters())
+        momenta = {}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name.startswith(_WEIGHTS):
+                    weights[name.removeprefix(_WEIGHTS)].copy_(tensor)
+                elif name.startswith(_MOMENTA):
+                    momenta[name.removeprefix(_MOMENTA)] = tensor
+        self.optimizers.load(momenta)
+        return tensors[_SCALE]
+
+    def _validator(self) -> Validator:
+        texts = []
+        for key in self.data.validation.tolist():
+            tokens, prompt_len = self.data.text(key)
+            texts.append((tokens, prompt_len, self.source.compute(tokens)))
+        return Validator(self.model, texts, self.vocabulary.target_to_draft)
+
+    def _export(self, result: Validation) -> None:
+        tensors = checkpoint_state(self.drafter, self.scale, self.vocabulary.offsets)
+        about = {
+            **self.origin,
+            "options": self.options.as_dict(),
+            "step": self.progress.step,
+            "total_steps": self.total_steps,
+            "blocks": self.progress.blocks,
+            "seconds": round(self.progress.seconds, 1),
+            "response_tokens": self.data.num_response_tokens,
+            "draft_vocabulary_coverage": self.vocabulary.coverage,
+            "validation": validation_line(self.progress.step, result),
+            "provenance": provenance.collect(),
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        export(self.out, self.config, tensors, about)

@@ -18,9 +18,7 @@ from vllm_dspark.train.tokens import read_tokens
 from vllm_dspark.train.trainer import Outcome, Report, Trainer
 
 
-def run(
-    arguments: argparse.Namespace, options: TrainOptions, console: Console
-) -> int:
+def run(arguments: argparse.Namespace, options: TrainOptions, console: Console) -> int:
     """Train; the exit status is 1 when the loss was not a number, 130 after Ctrl-C."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -150,9 +148,7 @@ def table_row(report: Report) -> str:
     )
 
 
-def _finish(
-    outcome: Outcome, arguments: argparse.Namespace, console: Console
-) -> int:
+def _finish(outcome: Outcome, arguments: argparse.Namespace, console: Console) -> int:
     progress = outcome.progress
     write_json(
         arguments.json,

@@ -78,8 +78,9 @@ def build_blocks(
     # The last token has no successor to predict.
     valid = where < len(tokens) - 1
     at = where.clamp_max(len(tokens) - 1)
-    ids = features.top_ids[at.flatten()].long()
+    row = at.flatten() - features.first
+    ids = features.top_ids[row].long()
     if target_to_draft is not None:
         ids = target_to_draft[ids]
-    probs = features.top_probs[at.flatten()].float()
+    probs = features.top_probs[row].float()
     return Blocks(start, tokens[at], valid, TargetProbs(ids, probs))

@@ -79,9 +79,7 @@ class TrainingData:
             index = int(self.training[permutation[place]])
             tokens, prompt_len = self.text(index)
             rng = np.random.default_rng([self.options.seed, 2, at])
-            anchors = choose_anchors(
-                prompt_len, len(tokens), self.options.anchors, rng
-            )
+            anchors = choose_anchors(prompt_len, len(tokens), self.options.anchors, rng)
             chosen.append(Sequence(index, tokens, prompt_len, anchors))
         return chosen
 

@@ -22,11 +22,14 @@ class Features:
 
     Args:
         hidden: ``[T, m·d]``, outputs of the tapped layers side by side.
-        top_ids: ``[T, n]`` int32 target ids, likeliest first: row t predicts token t+1.
-        top_probs: ``[T, n]`` float32, their probabilities at temperature 1.
+        first: position of the first row of ``top_*``; prompts are not predicted.
+        top_ids: ``[T-first, n]`` int32 target ids, likeliest first: the row of
+            position t predicts token t+1.
+        top_probs: ``[T-first, n]`` float32, their probabilities at temperature 1.
     """
 
     hidden: Tensor
+    first: int
     top_ids: Tensor
     top_probs: Tensor
 
@@ -57,30 +60,34 @@ class FeatureSource:
         self.computed = 0
         self._cache: dict[int, Features] = {}
 
-    def get(self, key: int, tokens: Tensor) -> Features:
+    def get(self, key: int, tokens: Tensor, prompt_len: int) -> Features:
         """Features of the sequence ``tokens [T]`` int64 that is known as ``key``."""
         known = self._cache.get(key)
         if known is not None:
             return known
-        features = self.compute(tokens)
+        features = self.compute(tokens, prompt_len)
         if self.cached_bytes + features.num_bytes <= self.cache_bytes:
             self._cache[key] = features
             self.cached_bytes += features.num_bytes
         return features
 
     @torch.no_grad()
-    def compute(self, tokens: Tensor) -> Features:
-        """Run the target."""
+    def compute(self, tokens: Tensor, prompt_len: int) -> Features:
+        """Run the target over a text whose response starts at ``prompt_len``."""
         self.computed += 1
         output = self.target(
-            tokens[None], output_hidden_states=True, use_cache=False
+            tokens[None],
+            output_hidden_states=True,
+            use_cache=False,
+            logits_to_keep=len(tokens) - prompt_len,
         )
         # hidden_states[i + 1] is the output of layer i.
         taps = [output.hidden_states[i + 1][0] for i in self.layer_ids]
         logits = output.logits[0].float()
         top = logits.topk(min(self.top, logits.shape[-1]), dim=-1)
         probs = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
-        return Features(torch.cat(taps, dim=-1), top.indices.int(), probs)
+        hidden = torch.cat(taps, dim=-1)
+        return Features(hidden, prompt_len, top.indices.int(), probs)
 
 
 def channel_scale(features: Sequence[Features]) -> Tensor:

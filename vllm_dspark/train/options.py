@@ -43,6 +43,8 @@ class TrainOptions:
         weight_decay: of the matrices.
         clip: bound of the gradient's norm.
         ce_weight: of the cross-entropy; 0.1 in the paper.
+        ce_start: the same at the first step, falling to `ce_weight` at half the run:
+            the total variation alone learns slowly from a drafter that knows nothing.
         tv_weight: of ‖q − p_t‖₁; 0.9 in the paper.
         confidence_weight: of the confidence's BCE; 1 in the paper.
         top: likeliest target tokens kept of each position.
@@ -65,15 +67,16 @@ class TrainOptions:
     steps: int | None = None
     epochs: float = 1.0
     sequences: int = 16
-    anchors: int = 96
+    anchors: int = 256
     short_share: float = 0.5
     short_block: int = 3
-    lr: float = 2e-3
-    matrix_lr: float = 1e-2
+    lr: float = 5e-3
+    matrix_lr: float = 2e-2
     warmup: float = 0.03
     weight_decay: float = 0.01
     clip: float = 1.0
     ce_weight: float = 0.1
+    ce_start: float = 1.0
     tv_weight: float = 0.9
     confidence_weight: float = 1.0
     top: int = 64
@@ -110,7 +113,13 @@ class TrainOptions:
         for name in ("epochs", "lr", "matrix_lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 self._refuse(name, "more than 0")
-        for name in ("ce_weight", "tv_weight", "confidence_weight", "weight_decay"):
+        for name in (
+            "ce_weight",
+            "ce_start",
+            "tv_weight",
+            "confidence_weight",
+            "weight_decay",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 self._refuse(name, "at least 0")
         for name in ("short_share", "warmup"):

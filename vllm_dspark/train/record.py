@@ -101,7 +101,9 @@ class Log:
         middle.plot(minutes, [x["tau"] for x in checks], marker="o", markersize=3)
         middle.set(title="τ on held-out text (greedy)", xlabel="minutes")
         for k in range(max((len(x["ece"]) for x in checks), default=0)):
-            values = [x["ece"][k] if x["ece"][k] is not None else math.nan for x in checks]
+            values = [
+                x["ece"][k] if x["ece"][k] is not None else math.nan for x in checks
+            ]
             right.plot(minutes, values, linewidth=0.9, label=f"draft {k + 1}")
         right.set(title="ECE of the raw survival", xlabel="minutes")
         target = self.file.parent / CURVES

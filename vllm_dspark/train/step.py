@@ -65,6 +65,11 @@ class SequenceLoss:
         self.embeddings = drafter.embed_tokens.weight.detach()
         self.position_weights = position_weights(drafter.config.block_size)
 
+    def precision(self) -> torch.autocast:
+        """Context that a step runs in; weights are cast once as long as it is open."""
+        mixed = self.dtype is torch.bfloat16
+        return torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+
     def hidden(self, features: Features, blocks: Blocks) -> Tensor:
         """h of all blocks, ``[R, K, d]``."""
         drafter = self.drafter
@@ -76,24 +81,31 @@ class SequenceLoss:
         mask_id = drafter.config.mask_token_id
         ids = torch.full((len(blocks.anchors), size), mask_id)
         ids[:, 0] = blocks.prev_ids[:, 0]
-        return drafter.run_block(self.embeddings[ids].to(self.dtype), blocks.anchors, ctx)
+        return drafter.run_block(
+            self.embeddings[ids].to(self.dtype), blocks.anchors, ctx
+        )
 
     def backward(
-        self, features: Features, blocks: Blocks, total_weight: float
+        self,
+        features: Features,
+        blocks: Blocks,
+        ce_weight: float,
+        total_weight: float,
     ) -> StepSums:
-        """Add this sequence's gradient to the parameters'.
+        """Add this sequence's gradient to the parameters'; within `precision`.
 
         Args:
             features, blocks: the sequence.
+            ce_weight: α of this step.
             total_weight: sum of the row weights of the whole step.
         """
-        mixed = self.dtype is torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss, sums = self._loss(features, blocks)
+        loss, sums = self._loss(features, blocks, ce_weight)
         (loss / total_weight).backward()  # type: ignore[no-untyped-call]
         return sums
 
-    def _loss(self, features: Features, blocks: Blocks) -> tuple[Tensor, StepSums]:
+    def _loss(
+        self, features: Features, blocks: Blocks, ce_weight: float
+    ) -> tuple[Tensor, StepSums]:
         drafter, options = self.drafter, self.options
         hidden = self.hidden(features, blocks)
         size = hidden.shape[1]
@@ -111,7 +123,7 @@ class SequenceLoss:
             w2,
             blocks.target,
             weights.flatten(),
-            options.ce_weight,
+            ce_weight,
             options.tv_weight,
         )
         bce = torch.zeros_like(weights).flatten()

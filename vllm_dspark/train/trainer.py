@@ -15,10 +15,10 @@ from torch import Tensor
 from vllm_dspark import provenance
 from vllm_dspark.config import DrafterConfig
 from vllm_dspark.train import state
-from vllm_dspark.train.blocks import build_blocks, num_rows
+from vllm_dspark.train.blocks import Blocks, build_blocks, num_rows
 from vllm_dspark.train.data import Sequence, TrainingData
 from vllm_dspark.train.export import checkpoint_state, export
-from vllm_dspark.train.features import FeatureSource, channel_scale
+from vllm_dspark.train.features import Features, FeatureSource, channel_scale
 from vllm_dspark.train.initial import drafter_config, fresh_drafter, target_parts
 from vllm_dspark.train.optim import Optimizers, world
 from vllm_dspark.train.options import TrainOptions
@@ -154,23 +154,38 @@ class Trainer:
         rows = [num_rows(s.anchors, len(s.tokens), size) for s in sequences]
         weight = total_weight(rows, self.options.block_size)
         rank, ranks = world()
+        # Dealt out by length, so that no process waits long for another.
+        dealt = sorted(sequences, key=lambda s: len(s.tokens))[rank::ranks]
+        ce_weight = self._ce_weight()
         self.optimizers.zero_grad()
         sums = []
-        for sequence in sequences[rank::ranks]:
-            features = self.source.get(sequence.key, sequence.tokens)
-            blocks = build_blocks(
-                sequence.tokens,
-                features,
-                sequence.anchors,
-                size,
-                self.vocabulary.target_to_draft,
-            )
-            sums.append(self.model.backward(features, blocks, weight))
+        with self.model.precision():
+            for sequence in dealt:
+                features, blocks = self._blocks(sequence, size)
+                done = self.model.backward(features, blocks, ce_weight, weight)
+                sums.append(done)
         norm = self.optimizers.step(step)
         total = sums[0]
         for more in sums[1:]:
             total = total + more
         return total, norm
+
+    def _blocks(self, sequence: Sequence, size: int) -> tuple[Features, Blocks]:
+        text = (sequence.tokens, sequence.prompt_len)
+        features = self.source.get(sequence.key, *text)
+        return features, build_blocks(
+            sequence.tokens,
+            features,
+            sequence.anchors,
+            size,
+            self.vocabulary.target_to_draft,
+        )
+
+    def _ce_weight(self) -> float:
+        """α of this step: from `ce_start` down to `ce_weight` at half the run."""
+        left = max(0.0, 1.0 - 2.0 * self.progress.step / self.total_steps)
+        start, end = self.options.ce_start, self.options.ce_weight
+        return end + (start - end) * left
 
     def _advance(self, began: float, sequences: list[Sequence]) -> None:
         self.progress = replace(
@@ -234,8 +249,8 @@ class Trainer:
         found = state.load(self.out, self._settings)
         if found is None:
             keys = self.data.training[:_SCALE_SEQUENCES].tolist()
-            texts = [self.data.text(key)[0] for key in keys]
-            return channel_scale([self.source.compute(text) for text in texts])
+            texts = [self.data.text(key) for key in keys]
+            return channel_scale([self.source.compute(*text) for text in texts])
         self.progress, tensors = found
         weights = dict(self.drafter.named_parameters())
         momenta = {}
@@ -252,7 +267,7 @@ class Trainer:
         texts = []
         for key in self.data.validation.tolist():
             tokens, prompt_len = self.data.text(key)
-            texts.append((tokens, prompt_len, self.source.compute(tokens)))
+            texts.append((tokens, prompt_len, self.source.compute(tokens, prompt_len)))
         return Validator(self.model, texts, self.vocabulary.target_to_draft)
 
     def _export(self, result: Validation) -> None:

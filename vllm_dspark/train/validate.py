@@ -46,8 +46,7 @@ def draft_everywhere(
     model: SequenceLoss, features: Features, blocks: Blocks
 ) -> tuple[Tensor, Tensor | None]:
     """Greedy drafts ``[R, K]`` and their confidences after every anchor of a text."""
-    mixed = model.dtype is torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+    with model.precision():
         hidden = model.hidden(features, blocks).to(model.dtype)
     draft = draft_sequential(
         F.linear(hidden, model.lm_head),
@@ -113,9 +112,7 @@ class Validator:
         scores = []
         for tokens, prompt_len, features in self.texts:
             anchors = np.arange(prompt_len, len(tokens) - 1)
-            blocks = build_blocks(
-                tokens, features, anchors, size, self.target_to_draft
-            )
+            blocks = build_blocks(tokens, features, anchors, size, self.target_to_draft)
             drafts, confidence = draft_everywhere(self.model, features, blocks)
             rounds, accepted = walk(tokens, anchors, drafts)
             counts += accepted
@@ -126,7 +123,9 @@ class Validator:
         )
 
 
-def _summary(counts: np.ndarray, confidence: np.ndarray | None, size: int) -> Validation:
+def _summary(
+    counts: np.ndarray, confidence: np.ndarray | None, size: int
+) -> Validation:
     survived = counts[:, None] > np.arange(size)
     nothing = (float("nan"),) * size
     errors, ranks = nothing, nothing

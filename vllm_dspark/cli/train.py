@@ -44,10 +44,12 @@ def add_parser(subparsers: Any) -> None:
     add("--target", required=True, metavar="MODEL", help="folder of the target")
     add("--data", type=Path, nargs="+", required=True, metavar="DATA")
     add("--out", type=Path, required=True, metavar="DRAFTER")
+    add("--start-from", type=Path, metavar="DRAFTER",
+        help="train this drafter further, in its own shape")  # fmt: skip
     add("--preset", choices=sorted(PRESETS), default="small",
         help="shape and length to start from; options below override it")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto",
-        help="of the products; auto: bfloat16 where the processor multiplies it")  # fmt: skip
+        help="of products; auto: bfloat16 where the processor has it")  # fmt: skip
     add("--threads", type=int, metavar="N", help="of this process (default: torch's)")
     add("--json", type=Path, metavar="FILE", help="write the outcome to FILE")
     group = parser.add_argument_group("training options")
@@ -63,17 +65,11 @@ def _add_option(group: Any, name: str, default: Any) -> None:
             help="tapped layers (default: five, evenly spaced)")  # fmt: skip
         return
     kind: Any = type(default) if default is not None else int
-    if name == "draft_vocab_size":
-        kind = _vocabulary_size
     shown = "" if default is None else f"(default: {default})"
     group.add_argument(
         flag, type=kind, choices=_CHOICES.get(name), help=shown or None,
         metavar=None if name in _CHOICES else "X",
     )  # fmt: skip
-
-
-def _vocabulary_size(text: str) -> int | None:
-    return None if text == "all" else int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

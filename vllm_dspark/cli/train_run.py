@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from vllm_dspark.cli.train import write_json
 from vllm_dspark.model.target import find_target, identify_target
 from vllm_dspark.train import state
+from vllm_dspark.train.continued import fitting_options, read_start
 from vllm_dspark.train.data import TrainingData
 from vllm_dspark.train.options import TrainOptions
 from vllm_dspark.train.tokens import read_tokens
@@ -61,14 +62,18 @@ def prepare(
     folder = find_target(arguments.target)
     with console.status("loading the target"):
         target, special = load_target(folder, arguments.dtype)
+    start = read_start(arguments.start_from) if arguments.start_from else None
+    if start is not None:
+        options = fitting_options(options, start)
     data = TrainingData(tokens, options)
     origin = {
         "target": {"name": identity.name, "hash": identity.hash},
         "data": {"samples": len(tokens), "tokens": len(tokens.tokens)},
+        "start_from": start.weights_hash if start else None,
         "dtype": str(next(target.parameters()).dtype).removeprefix("torch."),
     }
     with console.status("running the target over the held-out texts"):
-        return Trainer(target, special, data, options, arguments.out, origin)
+        return Trainer(target, special, data, options, arguments.out, origin, start)
 
 
 def load_target(folder: Path, dtype: str) -> tuple[Any, list[int]]:

@@ -47,13 +47,15 @@ def choose_anchors(
     candidates = np.arange(prompt_len, length - 1)
     if len(candidates) <= most:
         return candidates
-    return np.sort(rng.choice(candidates, size=most, replace=False))
+    chosen = rng.permutation(len(candidates))[:most]
+    chosen.sort()
+    return candidates[chosen]
 
 
 def num_rows(anchors: np.ndarray, length: int, block_size: int) -> np.ndarray:
     """``[γ]`` how many blocks have a target for position k."""
     room = np.minimum(length - 1 - anchors, block_size)
-    return (room[:, None] > np.arange(block_size)).sum(0)
+    return np.asarray((room[:, None] > np.arange(block_size)).sum(0))
 
 
 def build_blocks(

@@ -70,7 +70,7 @@ class TrainingData:
     def step(self, step: int) -> list[Sequence]:
         """The sequences of a step, each with its anchors."""
         size, n = self.options.sequences, len(self.training)
-        chosen = []
+        chosen: list[Sequence] = []
         for at in range(step * size, (step + 1) * size):
             epoch, place = divmod(at, n)
             if place == 0 or not chosen:

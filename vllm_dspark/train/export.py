@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_dspark.model.checkpoint import D2T, OPTIONAL, save_checkpoint
+from vllm_dspark.model.checkpoint import OPTIONAL, save_checkpoint
 from vllm_dspark.model.drafter import Drafter
+from vllm_dspark.model.vocab_maps import D2T
 
 PROVENANCE = "dspark_training.json"
 

@@ -63,12 +63,12 @@ def target_parts(target: Any) -> TargetParts:
     Raises:
         ValueError: its decoder is not built like Llama's or Qwen3's.
     """
-    body = getattr(target, "model", None)
+    body: Any = getattr(target, "model", None)
     layers = getattr(body, "layers", None)
     if layers is None or not hasattr(body, "norm"):
         raise ValueError(
-            f"target is a {type(target).__name__}; drafters can be trained for decoders "
-            "built like Llama or Qwen3 (model.layers, model.norm)"
+            f"target is a {type(target).__name__}; drafters can be trained for "
+            "decoders built like Llama or Qwen3 (model.layers, model.norm)"
         )
     return TargetParts(
         config=target.config.to_dict(),
@@ -102,7 +102,7 @@ def drafter_config(
 
     Raises:
         ValueError: more draft tokens than vocabulary, or a tapped layer that is not
-            there or is the last.
+            there or is the last one.
     """
     vocab, depth = int(target["vocab_size"]), int(target["num_hidden_layers"])
     taps = options.target_layer_ids or default_layer_ids(depth)
@@ -112,12 +112,7 @@ def drafter_config(
                 f"target layer {layer} cannot be tapped: choose from 0 to {depth - 2} "
                 "(the last layer's output is not what vLLM hands out)"
             )
-    draft_vocab = options.draft_vocab_size or vocab
-    if draft_vocab > vocab:
-        raise ValueError(
-            f"draft_vocab_size is {draft_vocab}, more than the target's vocabulary, "
-            f"{vocab}"
-        )
+    draft_vocab = options.draft_tokens(vocab)
     heads = int(target["num_attention_heads"])
     hidden = int(target["hidden_size"])
     kind = "full_attention" if options.sliding_window is None else "sliding_attention"
@@ -200,9 +195,11 @@ def fresh_drafter(
 
 
 def _random(drafter: Drafter) -> None:
-    for name, weight in drafter.named_parameters():
+    for weight in drafter.parameters():
         if weight.ndim == 2:
             nn.init.normal_(weight, std=0.02)
+    # Thousands of inputs: the usual scale would drown their mean in noise.
+    nn.init.normal_(drafter.fc.weight, std=0.002)
     if drafter.markov_head is not None:
         # W2 starts at zero, so the bias does; W1 must not, or neither ever moves.
         nn.init.zeros_(drafter.markov_head.markov_w2.weight)
@@ -219,9 +216,9 @@ def _copy_layers(drafter: Drafter, parts: TargetParts) -> None:
         for module in _SHARED:
             for kind in ("weight", "bias"):
                 name = f"{module}.{kind}"
-                if name in own and name in theirs:
-                    if own[name].shape == theirs[name].shape:
-                        own[name].copy_(theirs[name].float())
+                there = name in own and name in theirs
+                if there and own[name].shape == theirs[name].shape:
+                    own[name].copy_(theirs[name].float())
 
 
 def _mean_projection(drafter: Drafter) -> None:

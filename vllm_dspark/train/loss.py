@@ -125,7 +125,8 @@ class _BlockLoss(torch.autograd.Function):
             )
             d_logits = d_logits.to(lm_head.dtype)
             d_hidden[rows] = d_logits @ lm_head
-            if latent is not None and d_latent is not None and d_w2 is not None:
+            if d_latent is not None and d_w2 is not None:
+                assert latent is not None and w2 is not None
                 d_latent[rows] = d_logits @ w2
                 d_w2 += d_logits.T @ latent[rows]
         ctx.save_for_backward(d_hidden, d_latent, d_w2)

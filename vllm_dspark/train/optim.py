@@ -77,7 +77,7 @@ class Optimizers:
         ):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-            optimizer.step()
+            optimizer.step()  # type: ignore[no-untyped-call]
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+# Covers 97% of the demo target's text; a larger one costs more than it gains.
+_DRAFT_TOKENS = 12288
 HEADS = ("vanilla", "gated", "rnn", "none")
 INITS = ("target", "random")
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on a laptop: to see the chain work.
-    "tiny": {"layers": 1, "rank": 16, "draft_vocab_size": 2048, "steps": 40},
+    "tiny": {"layers": 1, "rank": 16, "steps": 40},
     # Small targets on CPUs: the demo drafter.
     "small": {},
     # The shape of DeepSeek's released drafters; for GPUs.
-    "paper": {"layers": 5, "rank": 256, "draft_vocab_size": None, "anchors": 512},
+    "paper": {"layers": 5, "rank": 256, "draft_vocab_size": 0, "anchors": 512},
 }
 
 
@@ -26,7 +28,8 @@ class TrainOptions:
         block_size: γ.
         head: sequential head.
         rank: r of the head; 0 is the head ``none``.
-        draft_vocab_size: the most frequent tokens drafts come from; None: all.
+        draft_vocab_size: the most frequent tokens drafts come from; 0: all; None:
+            12,288 of them, or all of a smaller vocabulary.
         sliding_window: of every layer; None: full attention.
         target_layer_ids: tapped layers; None: five, evenly spaced.
         init: ``target`` copies the drafter's layers from the target's.
@@ -60,7 +63,7 @@ class TrainOptions:
     block_size: int = 7
     head: str = "vanilla"
     rank: int = 128
-    draft_vocab_size: int | None = 12288
+    draft_vocab_size: int | None = None
     sliding_window: int | None = None
     target_layer_ids: tuple[int, ...] | None = None
     init: str = "target"
@@ -104,10 +107,10 @@ class TrainOptions:
         for name, bound in low.items():
             if getattr(self, name) < bound:
                 self._refuse(name, f"at least {bound}")
-        for name, bound in (("draft_vocab_size", 2), ("sliding_window", 1)):
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                self._refuse(name, f"at least {bound}")
+        if self.draft_vocab_size is not None and self.draft_vocab_size < 0:
+            self._refuse("draft_vocab_size", "at least 0")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            self._refuse("sliding_window", "at least 1")
         if self.steps is not None and self.steps < 1:
             self._refuse("steps", "at least 1")
         for name in ("epochs", "lr", "matrix_lr", "clip"):
@@ -135,6 +138,21 @@ class TrainOptions:
             self._refuse("init", f"one of {', '.join(INITS)}")
         if (self.rank == 0) != (self.head == "none"):
             self._refuse("rank", "0 exactly when head is 'none'")
+
+    def draft_tokens(self, vocab_size: int) -> int:
+        """Vd for a target's vocabulary.
+
+        Raises:
+            ValueError: more draft tokens were asked for than there are tokens.
+        """
+        if self.draft_vocab_size is None:
+            return min(_DRAFT_TOKENS, vocab_size)
+        if self.draft_vocab_size > vocab_size:
+            self._refuse(
+                "draft_vocab_size",
+                f"at most the target's vocabulary, {vocab_size} (0 means all of it)",
+            )
+        return self.draft_vocab_size or vocab_size
 
     def _refuse(self, name: str, wanted: str) -> None:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")

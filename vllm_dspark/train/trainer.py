@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from vllm_dspark import provenance
 from vllm_dspark.config import DrafterConfig
 from vllm_dspark.train import state
 from vllm_dspark.train.blocks import Blocks, build_blocks, num_rows
+from vllm_dspark.train.continued import Start
 from vllm_dspark.train.data import Sequence, TrainingData
 from vllm_dspark.train.export import checkpoint_state, export
 from vllm_dspark.train.features import Features, FeatureSource, channel_scale
@@ -25,7 +26,12 @@ from vllm_dspark.train.options import TrainOptions
 from vllm_dspark.train.record import Log, step_line, validation_line
 from vllm_dspark.train.step import SequenceLoss, StepSums, total_weight
 from vllm_dspark.train.validate import Validation, Validator
-from vllm_dspark.train.vocabulary import choose_mask_token, draft_vocabulary
+from vllm_dspark.train.vocabulary import (
+    DraftVocabulary,
+    choose_mask_token,
+    draft_vocabulary,
+    known_vocabulary,
+)
 
 _SCALE_SEQUENCES = 32
 _GIB = 1 << 30
@@ -69,6 +75,8 @@ class Trainer:
         options: everything else.
         out: the drafter's folder.
         origin: what the export's provenance says of target and data.
+        start: a drafter to go on from; its shape is in ``options``
+            (`fitting_options`).
 
     Raises:
         ValueError: target, data, options or the folder's earlier run do not fit.
@@ -82,14 +90,12 @@ class Trainer:
         options: TrainOptions,
         out: Path,
         origin: dict[str, Any],
+        start: Start | None = None,
     ) -> None:
         self.data, self.options, self.out, self.origin = data, options, out, origin
+        self.start = start
         parts = target_parts(target)
-        self.vocabulary = draft_vocabulary(
-            data.counts(responses_only=True), options.draft_vocab_size
-        )
-        mask = choose_mask_token(data.counts(responses_only=False), special_ids)
-        self.config = drafter_config(parts.config, options, mask)
+        self.vocabulary, self.config = self._shape(parts.config, special_ids)
         checked = DrafterConfig.from_dict(self.config, "the drafter to be trained")
         self.source = FeatureSource(
             target,
@@ -114,6 +120,21 @@ class Trainer:
         dtype = next(target.parameters()).dtype
         self.model = SequenceLoss(self.drafter, options, self.scale, dtype)
         self.validator = self._validator()
+
+    def _shape(
+        self, target: Mapping[str, Any], special_ids: list[int]
+    ) -> tuple[DraftVocabulary, dict[str, Any]]:
+        """The vocabulary and ``config.json``, of the drafter to go on from if any."""
+        counts = self.data.counts(responses_only=True)
+        if self.start is not None:
+            vocabulary = known_vocabulary(self.start.draft_to_target, counts)
+            mask = self.start.mask_token_id
+        else:
+            size = self.options.draft_tokens(int(target["vocab_size"]))
+            vocabulary = draft_vocabulary(counts, size)
+            used = self.data.counts(responses_only=False)
+            mask = choose_mask_token(used, special_ids)
+        return vocabulary, drafter_config(target, self.options, mask)
 
     # ---- running ----
 
@@ -250,7 +271,10 @@ class Trainer:
         if found is None:
             keys = self.data.training[:_SCALE_SEQUENCES].tolist()
             texts = [self.data.text(key) for key in keys]
-            return channel_scale([self.source.compute(*text) for text in texts])
+            scale = channel_scale([self.source.compute(*text) for text in texts])
+            if self.start is not None:
+                self.start.fill(self.drafter, scale)
+            return scale
         self.progress, tensors = found
         weights = dict(self.drafter.named_parameters())
         momenta = {}

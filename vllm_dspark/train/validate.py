@@ -126,11 +126,11 @@ class Validator:
 def _summary(
     counts: np.ndarray, confidence: np.ndarray | None, size: int
 ) -> Validation:
-    survived = counts[:, None] > np.arange(size)
+    survived: np.ndarray = counts[:, None] > np.arange(size)
     nothing = (float("nan"),) * size
     errors, ranks = nothing, nothing
     if confidence is not None and len(counts):
-        survival = np.cumprod(confidence.astype(np.float64), axis=1)
+        survival: np.ndarray = np.cumprod(confidence, axis=1, dtype=np.float64)
         errors = tuple(ece(survival[:, k], survived[:, k]) for k in range(size))
         ranks = tuple(auroc(survival[:, k], survived[:, k]) for k in range(size))
     return Validation(

@@ -32,28 +32,33 @@ class DraftVocabulary:
         return self.draft_to_target - torch.arange(len(self.draft_to_target))
 
 
-def draft_vocabulary(counts: np.ndarray, size: int | None) -> DraftVocabulary:
+def draft_vocabulary(counts: np.ndarray, size: int) -> DraftVocabulary:
     """The ``size`` most frequent tokens, the lowest ids among equals.
 
     Args:
         counts: ``[V]``, how often each token occurs in the training responses.
-        size: Vd; None or V: all.
-
-    Raises:
-        ValueError: more draft tokens than vocabulary.
+        size: Vd, at most V.
     """
     vocab = len(counts)
-    if size is not None and size > vocab:
-        raise ValueError(
-            f"draft_vocab_size is {size}, more than the target's vocabulary, {vocab}"
-        )
-    if size is None or size == vocab:
+    if size == vocab:
         return DraftVocabulary(None, None, 1.0)
     chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
     back = torch.full((vocab,), -1, dtype=torch.int64)
     back[torch.from_numpy(chosen)] = torch.arange(size)
     covered = float(counts[chosen].sum() / max(counts.sum(), 1))
     return DraftVocabulary(torch.from_numpy(chosen), back, covered)
+
+
+def known_vocabulary(
+    draft_to_target: Tensor | None, counts: np.ndarray
+) -> DraftVocabulary:
+    """The vocabulary of a drafter that is there already; ``counts`` as above."""
+    if draft_to_target is None:
+        return DraftVocabulary(None, None, 1.0)
+    back = torch.full((len(counts),), -1, dtype=torch.int64)
+    back[draft_to_target] = torch.arange(len(draft_to_target))
+    covered = float(counts[draft_to_target.numpy()].sum() / max(counts.sum(), 1))
+    return DraftVocabulary(draft_to_target, back, covered)
 
 
 def choose_mask_token(counts: np.ndarray, special_ids: Sequence[int]) -> int:

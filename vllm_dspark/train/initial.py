@@ -107,10 +107,10 @@ def drafter_config(
     vocab, depth = int(target["vocab_size"]), int(target["num_hidden_layers"])
     taps = options.target_layer_ids or default_layer_ids(depth)
     for layer in taps:
-        if not 0 <= layer < depth - 1:
+        if not -1 <= layer < depth - 1:
             raise ValueError(
-                f"target layer {layer} cannot be tapped: choose from 0 to {depth - 2} "
-                "(the last layer's output is not what vLLM hands out)"
+                f"target layer {layer} cannot be tapped: choose from -1 (the "
+                f"embeddings) to {depth - 2} (the last layer's output is not what vLLM hands out)"
             )
     draft_vocab = options.draft_tokens(vocab)
     heads = int(target["num_attention_heads"])

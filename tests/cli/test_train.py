@@ -86,7 +86,11 @@ def test_two_processes_do_what_one_does(target, data, trained, tmp_path) -> None
 
 def test_going_on_from_a_drafter_keeps_its_shape(target, data, tmp_path) -> None:
     start = make_tiny_drafter(
-        tmp_path / "start", target, head_type="gated", draft_vocab_size=64
+        tmp_path / "start",
+        target,
+        head_type="gated",
+        draft_vocab_size=64,
+        with_lm_head=False,
     )
     out = tmp_path / "drafter"
     assert main(arguments(target, data, out, "--start-from", str(start))) == 0

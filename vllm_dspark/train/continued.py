@@ -30,23 +30,30 @@ class Start:
     weights_hash: str
 
     @property
-    def mask_token_id(self) -> int:
-        """The token it knows as "not known yet"."""
-        return int(self.config["mask_token_id"])
-
-    @property
     def draft_to_target(self) -> Tensor | None:
         """``[Vd]`` int64, or None for the whole vocabulary."""
         offsets = self.state.get(D2T)
         return None if offsets is None else draft_to_target_ids(offsets)
 
     def fill(self, drafter: Drafter, scale: Tensor) -> None:
-        """Copy its weights into a drafter that trains on features over ``scale``."""
+        """Copy its weights into a drafter that trains on features over ``scale``.
+
+        Raises:
+            ValueError: it has embeddings or an LM head of its own, which would be
+                trained as if they were the target's.
+        """
         own = dict(drafter.named_parameters())
         with torch.no_grad():
             for name, tensor in self.state.items():
-                if name in own and own[name].requires_grad:
+                if name not in own:
+                    continue
+                if own[name].requires_grad:
                     own[name].copy_(tensor)
+                elif not torch.equal(own[name], tensor.to(own[name].dtype)):
+                    raise ValueError(
+                        f"the drafter to start from has its own {name!r}; only "
+                        "drafters that use the target's can be trained further"
+                    )
             drafter.fc.weight.mul_(scale)
 
 

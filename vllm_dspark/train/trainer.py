@@ -128,12 +128,12 @@ class Trainer:
         counts = self.data.counts(responses_only=True)
         if self.start is not None:
             vocabulary = known_vocabulary(self.start.draft_to_target, counts)
-            mask = self.start.mask_token_id
-        else:
-            size = self.options.draft_tokens(int(target["vocab_size"]))
-            vocabulary = draft_vocabulary(counts, size)
-            used = self.data.counts(responses_only=False)
-            mask = choose_mask_token(used, special_ids)
+            return vocabulary, {**self.start.config, "dtype": "bfloat16"}
+        vocabulary = draft_vocabulary(
+            counts, self.options.draft_tokens(int(target["vocab_size"]))
+        )
+        used = self.data.counts(responses_only=False)
+        mask = choose_mask_token(used, special_ids)
         return vocabulary, drafter_config(target, self.options, mask)
 
     # ---- running ----

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "proposer": BASE | {"model", "ops"},
     "verifier": BASE | {"model", "ops"},
     "decode": BASE | {"model", "ops", "proposer", "verifier"},
-    "train": BASE | {"decode", "model", "ops", "provenance"},
+    "train": BASE | {"calibration", "decode", "model", "ops", "provenance"},
     "calibration": BASE,
     # plugin and integration are vLLM's side: they see everything. The command line
     # starts from there only to say what vLLM offers, and imports no vLLM itself.

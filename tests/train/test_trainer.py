@@ -146,7 +146,7 @@ def test_it_learns(target_path, tokens, tmp_path) -> None:
     assert outcome.progress.best > before + 0.2
     about = json.loads((tmp_path / "drafter" / PROVENANCE).read_text())
     assert about["validation"]["tau"] == outcome.progress.best
-    assert about["options"]["steps"] == 120 and "machine" in about["provenance"]
+    assert about["options"]["steps"] == 150 and "machine" in about["provenance"]
     assert (tmp_path / "drafter" / state.FOLDER / CURVES).stat().st_size > 1000
 
 

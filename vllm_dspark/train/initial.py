@@ -110,7 +110,8 @@ def drafter_config(
         if not -1 <= layer < depth - 1:
             raise ValueError(
                 f"target layer {layer} cannot be tapped: choose from -1 (the "
-                f"embeddings) to {depth - 2} (the last layer's output is not what vLLM hands out)"
+                f"embeddings) to {depth - 2} (what vLLM hands out of the last layer is "
+                "not what Hugging Face does)"
             )
     draft_vocab = options.draft_tokens(vocab)
     heads = int(target["num_attention_heads"])

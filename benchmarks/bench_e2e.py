@@ -165,15 +165,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     prompts = load_prompts(args.prompts, args.per_domain, args.longest)
-    common = ["--max-model-len", "2048", "--max-num-seqs", "8"]
-    common += ["--no-enable-prefix-caching"]
-    common += ["--enforce-eager"] if args.enforce_eager else []
+    shared = ["--max-model-len", "2048", "--max-num-seqs", "8"]
+    shared += ["--no-enable-prefix-caching"]
+    shared += ["--enforce-eager"] if args.enforce_eager else []
     with contextlib.ExitStack() as stack:
         arms = []
         for name, spec in specs(args).items():
             server = Server(
                 args.target,
-                [*common, *speculative_arguments(spec)],
+                [*shared, *speculative_arguments(spec)],
                 args.logs / f"{name}.log",
                 SERVER_ENVIRONMENT,
             )

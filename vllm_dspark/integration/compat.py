@@ -84,6 +84,22 @@ SYMBOLS: tuple[Symbol, ...] = (
     _s("vllm.v1.worker.cpu_worker", None, "its CPUModelRunner is swapped at start"),
     _s("vllm.v1.worker.cpu_worker:CPUModelRunner", None, "swapped at start"),
     _s("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "", "subclassed"),
+    _s(
+        "vllm.v1.worker.cpu_worker:CPUWorker.execute_model",
+        "scheduler_output",
+        "overridden: one message a step",
+    ),
+    _s(
+        "vllm.v1.worker.cpu_worker:CPUWorker.sample_tokens",
+        "grammar_output",
+        "overridden: the drafts leave with the output",
+    ),
+    _s(
+        "vllm.v1.executor.multiproc_executor:MultiprocExecutor.take_draft_token_ids",
+        "",
+        "overridden: nothing is left to ask for",
+    ),
+    _s("vllm.v1.executor.multiproc_executor:MultiprocExecutor", None, "subclassed"),
     _s("vllm.v1.worker.gpu_worker", None, "see gpu_worker:Worker"),
     _s("vllm.v1.worker.gpu_worker:Worker.init_device", "", "subclassed"),
     _s("vllm.v1.worker.gpu_model_runner", None, "its runner is swapped at start"),
@@ -116,6 +132,14 @@ SYMBOLS: tuple[Symbol, ...] = (
         "draft_token_ids",
         "overridden: confidences arrive here",
     ),
+    _s(
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        "scheduler_output model_runner_output",
+        "overridden: drafts arrive with the output",
+    ),
+    _s("vllm.v1.core.sched.output:SchedulerOutput", None, "read"),
+    _s("vllm.v1.engine:EngineCoreOutputs", None, "named"),
+    _s("vllm.v1.outputs:ModelRunnerOutput", None, "carries the drafts"),
     _s("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids", "subclassed"),
     # drafter (proposer.py, model.py)
     _s(_PROPOSER + ".__init__", "vllm_config device runner", "subclassed"),

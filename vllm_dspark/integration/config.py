@@ -22,6 +22,7 @@ from vllm_dspark.model.fit import TargetFacts, check_fit
 WORKER_CLS = "vllm_dspark.integration.worker.DSparkCPUWorker"
 WORKER_CLS_GPU = "vllm_dspark.integration.worker.DSparkGPUWorker"
 SCHEDULER_CLS = "vllm_dspark.integration.scheduler.DSparkScheduler"
+EXECUTOR_CLS = "vllm_dspark.integration.executor.DSparkMultiprocExecutor"
 # What vLLM's platforms put there when the user named no worker class.
 _STOCK_WORKERS = {
     "auto": None,
@@ -64,6 +65,7 @@ def activate(vllm_config: Any) -> None:
     _refuse_unsupported(vllm_config)
     _validate_drafter(vllm_config)
     _set_worker(vllm_config.parallel_config)
+    _set_executor(vllm_config)
     _set_scheduler(vllm_config.scheduler_config)
     patches.activate()
 
@@ -207,6 +209,20 @@ def _set_worker(parallel: Any) -> None:
     ours = _STOCK_WORKERS[parallel.worker_cls]
     if ours is not None:
         parallel.worker_cls = ours
+
+
+def _set_executor(vllm_config: Any) -> None:
+    """Fewer messages between the processes of a CPU server.
+
+    Left alone with K/V connectors, which look for vLLM's own executor by its name.
+    """
+    parallel = vllm_config.parallel_config
+    if (
+        parallel.worker_cls == WORKER_CLS
+        and parallel.distributed_executor_backend == "mp"
+        and vllm_config.kv_transfer_config is None
+    ):
+        parallel.distributed_executor_backend = EXECUTOR_CLS
 
 
 def _set_scheduler(scheduler: Any) -> None:

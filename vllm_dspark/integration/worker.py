@@ -11,9 +11,11 @@ from typing import Any
 import vllm.v1.worker.cpu_worker as cpu_worker
 import vllm.v1.worker.gpu_model_runner as gpu_model_runner
 import vllm.v1.worker.gpu_worker as gpu_worker
+from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_dspark.integration.config import options
+from vllm_dspark.integration.config import EXECUTOR_CLS, options
 from vllm_dspark.integration.runner import DSparkCPUModelRunner, DSparkGPUModelRunner
+from vllm_dspark.integration.scheduler import give_drafts
 from vllm_dspark.ops import extension_native
 
 
@@ -56,6 +58,24 @@ class DSparkCPUWorker(cpu_worker.CPUWorker):
         _require_kernels(options(self.vllm_config).backend)
         with _swapped(cpu_worker, "CPUModelRunner", DSparkCPUModelRunner):
             super().init_device()
+        backend = self.parallel_config.distributed_executor_backend
+        # Otherwise the executor asks for the drafts, and for each part of a step.
+        self._one_message = backend == EXECUTOR_CLS
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run the model; sample and draft at once unless a grammar comes first."""
+        output = super().execute_model(scheduler_output)
+        grammar = scheduler_output.has_structured_output_requests
+        if output is None and self._one_message and not grammar:
+            return self.sample_tokens(None)
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample and draft; the drafts leave with the output."""
+        output = super().sample_tokens(grammar_output)
+        if self._one_message and output is not None:
+            give_drafts(output, self.model_runner.take_draft_token_ids())
+        return output
 
 
 class DSparkGPUWorker(gpu_worker.Worker):

@@ -19,6 +19,7 @@ from tests.tiny import make_tiny_drafter, make_tiny_target
 from tests.train.data import greedy_samples, write_tokens
 from vllm_dspark.cli import main
 from vllm_dspark.model.checkpoint import check_checkpoint, load_config
+from vllm_dspark.train import state
 
 FEW = ("--steps", "6", "--sequences", "4", "--validation", "4", "--draft-vocab-size",
        "100", "--dtype", "float32", "--threads", "1", "--evaluate-every", "6",
@@ -126,6 +127,18 @@ def test_data_of_another_target_is_refused(data, tmp_path, capsys) -> None:
 def test_mistakes_are_one_line(target, data, tmp_path, capsys, more, message) -> None:
     assert main(arguments(target, data, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_says_how_to_go_on(
+    target, data, tmp_path, capsys, monkeypatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    assert main(arguments(target, data, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "the same command goes on" in error
 
 
 def test_ctrl_c_leaves_a_state_to_go_on_from(target, data, tmp_path) -> None:

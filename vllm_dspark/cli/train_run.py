@@ -39,6 +39,11 @@ def run(arguments: argparse.Namespace, options: TrainOptions, console: Console) 
             f"stopped after step {trainer.progress.step}; the same command goes on"
         )
         return 130
+    except OSError as error:
+        raise ValueError(
+            f"{arguments.out} cannot be written: {error}. The checkpoint before is "
+            "whole: make room, and the same command goes on"
+        ) from None
     return _finish(outcome, arguments, console)
 
 

@@ -110,7 +110,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     _s(_RUNNER + "._sample", "logits spec_decode_metadata", "overridden"),
     _s(_RUNNER + "._update_states", "scheduler_output", "overridden: trace"),
     _s(_RUNNER + ".shutdown", "", "overridden: trace"),
-    _s("vllm.distributed:get_tensor_model_parallel_rank", "", "called"),
+    _s("vllm.distributed.parallel_state:get_tensor_model_parallel_rank", "", "called"),
     _s(_RUNNER + "._get_positions", None, "called"),
     _s(
         _RUNNER + ".propose_draft_token_ids",

@@ -153,11 +153,14 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(target, data, tmp_path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     lines, deadline = out / "training" / "train.jsonl", time.monotonic() + 120
-    while not (lines.is_file() and lines.read_text().count("\n") > 2):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    run.send_signal(signal.SIGINT)
-    text, _ = run.communicate(timeout=60)
+    try:
+        while not (lines.is_file() and lines.read_text().count("\n") > 2):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        run.send_signal(signal.SIGINT)
+        text, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == 130, text[-2000:]
     assert "the same command goes on" in text
     done = json.loads((out / "training" / "state.json").read_text())

@@ -70,6 +70,7 @@ PyMethodDef kMethods[] = {
     {"rejection_sample", fastcall(py_rejection_sample), METH_FASTCALL, nullptr},
     {"head_new", fastcall(py_head_new), METH_FASTCALL, nullptr},
     {"draft_sequential", fastcall(py_draft_sequential), METH_FASTCALL, nullptr},
+    {"loss_rows", fastcall(py_loss_rows), METH_FASTCALL, nullptr},
     {"set_isa", py_set_isa, METH_O, "Choose the instruction set ('auto': the best)."},
     {"isa", py_isa, METH_NOARGS, "The instruction set in use."},
     {"init_omp", py_init_omp, METH_O, "Find the OpenMP runtime torch uses."},

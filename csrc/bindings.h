@@ -11,6 +11,7 @@ const KernelTable& active_kernels();
 PyObject* py_rejection_sample(PyObject* self, PyObject* const* args, Py_ssize_t n);
 PyObject* py_head_new(PyObject* self, PyObject* const* args, Py_ssize_t n);
 PyObject* py_draft_sequential(PyObject* self, PyObject* const* args, Py_ssize_t n);
+PyObject* py_loss_rows(PyObject* self, PyObject* const* args, Py_ssize_t n);
 
 // Runs f, turning Error and C++ exceptions into Python's.
 template <typename F>

@@ -43,6 +43,8 @@ struct RowKernels {
   // Running argmax of bias + base: best[16] and index[16] are lane-wise; returns NaN.
   bool (*argmax_panel)(const float* bias, const T* base, int64_t n, int32_t first,
                        float* best, int32_t* index);
+  // out = exp(x - m) * factor, rounded to T; out may be x.
+  void (*scaled_exp)(const T* x, int64_t n, float m, float factor, T* out);
 };
 
 // The panel product on matrix tiles, for `requests` bfloat16 latents at once. A thread

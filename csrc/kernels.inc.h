@@ -261,11 +261,29 @@ bool argmax_panel(const float* bias, const T* base, int64_t n, int32_t first,
   return nan;
 }
 
+inline void round_to(float* out, float x) { *out = x; }
+inline void round_to(uint16_t* out, float x) { *out = to_bf16(x); }
+
+template <typename T>
+void scaled_exp(const T* x, int64_t n, float m, float factor, T* out) {
+  const F shift = Vec::set(m), f = Vec::set(factor);
+  int64_t i = 0;
+  for (; i + kW <= n; i += kW) {
+    Vec::store(out + i, Vec::mul(Vec::exp(Vec::sub(Vec::load(x + i), shift)), f));
+  }
+  if (i < n) {
+    float buffer[kW];
+    const F z = Vec::sub(load_tail(x + i, n - i, kNegInf), shift);
+    Vec::store(buffer, Vec::mul(Vec::exp(z), f));
+    for (int64_t j = i; j < n; ++j) round_to(out + j, buffer[j - i]);
+  }
+}
+
 template <typename T>
 constexpr RowKernels<T> row_kernels() {
   return {block_max<T>, block_stats<T>, block_weights<T>, has_nan<T>,
           dot<T>,       panel<T>,       fold_max<T>,      select_above<T>,
-          add_panel<T>, argmax_panel<T>};
+          add_panel<T>, argmax_panel<T>, scaled_exp<T>};
 }
 
 [[maybe_unused]] constexpr KernelTable kTable = {row_kernels<float>(),

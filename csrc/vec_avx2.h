@@ -27,6 +27,17 @@ struct Vec {
         _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  // Round to nearest even; x is not NaN.
+  static void store(uint16_t* p, F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd =
+        _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high),
+                                            _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

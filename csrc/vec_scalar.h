@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace dspark {
 namespace {
 
@@ -32,6 +34,9 @@ struct Vec {
     *odd = bits(x & static_cast<int32_t>(0xffff0000u));
   }
   static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+  static void store(uint16_t* p, F x) {
+    for (int i = 0; i < kWidth; ++i) p[i] = to_bf16(x[i]);
+  }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vllm_dspark.config import DrafterConfig
+from vllm_dspark.model.shared_context import attend_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ class Attention(nn.Module):
         Args:
             x: ``[R, K, d]`` block inputs; ``positions``: ``[R, K]``.
             key: ``[C, T, kv_heads, dim]`` context keys; ``value`` likewise.
-            mask: ``[R, K, T+K]`` bool, True where a query sees a key.
+            mask: ``[R, K, T+K]`` bool, True where a query sees a key; or ``[R, T]`` as
+                `attend_shared` takes it.
 
         Returns:
             ``[R, K, d]``.
@@ -118,28 +120,42 @@ class Attention(nn.Module):
         query = self.q_norm(self.q_proj(x).view(num_reqs, size, -1, dim))
         query = apply_rope(query, positions, self.config.rope_theta)
         query = query.view(num_reqs, size, kv_heads, -1, dim)
-        own_key, own_value = self.key_value(x, positions)
+        own = self.key_value(x, positions)
+        if mask.ndim == 2:
+            out = attend_shared(query, (key[0], value[0]), own, mask)
+        else:
+            out = self._attend(query, (key, value), own, mask)
+        result: Tensor = self.o_proj(out.reshape(num_reqs, size, -1))
+        return result
+
+    def _attend(
+        self,
+        query: Tensor,
+        context: tuple[Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
+        mask: Tensor,
+    ) -> Tensor:
+        """``[R, K, kv_heads, group, dim]`` from queries of that shape."""
+        (key, value), (own_key, own_value) = context, own
+        size, dim = query.shape[1], query.shape[-1]
         # Two products instead of one over concatenated keys: a context shared by many
         # blocks is then read in place rather than copied per block.
         shared = "rkhgd,thd->rhgkt" if key.shape[0] == 1 else "rkhgd,rthd->rhgkt"
-        context = key[0] if key.shape[0] == 1 else key
+        one = key.shape[0] == 1
         scores = torch.cat(
             [
-                torch.einsum(shared, query, context),
+                torch.einsum(shared, query, key[0] if one else key),
                 torch.einsum("rkhgd,rthd->rhgkt", query, own_key),
             ],
             dim=-1,
         ).float()
         scores = scores * dim**-0.5
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        weights = scores.softmax(-1).to(x.dtype)
+        weights = scores.softmax(-1).to(query.dtype)
         from_context, from_block = weights.split([key.shape[1], size], dim=-1)
         shared = "rhgkt,thd->rkhgd" if key.shape[0] == 1 else "rhgkt,rthd->rkhgd"
-        context = value[0] if key.shape[0] == 1 else value
-        out = torch.einsum(shared, from_context, context)
-        out = out + torch.einsum("rhgkt,rthd->rkhgd", from_block, own_value)
-        result: Tensor = self.o_proj(out.reshape(num_reqs, size, -1))
-        return result
+        out = torch.einsum(shared, from_context, value[0] if one else value)
+        return out + torch.einsum("rhgkt,rthd->rkhgd", from_block, own_value)
 
 
 class MLP(nn.Module):
@@ -204,20 +220,31 @@ class Backbone(nn.Module):
         keys, values = zip(*pairs, strict=True)
         return ContextKV(torch.stack(keys), torch.stack(values), positions)
 
-    def run_block(self, x: Tensor, anchor_positions: Tensor, ctx: ContextKV) -> Tensor:
+    def run_block(
+        self,
+        x: Tensor,
+        anchor_positions: Tensor,
+        ctx: ContextKV,
+        packed: bool = False,
+    ) -> Tensor:
         """Hidden states of blocks that start at their anchors (3.1).
 
         Args:
             x: ``[R, K, d]`` embeddings of the anchor and K-1 masks.
             anchor_positions: ``[R]`` int64.
             ctx: context of the same requests, or one shared by all.
+            packed: fused attention for many blocks of one text, as training has them
+                (CPU; the context is shared and each anchor has a row before it).
 
         Returns:
             ``[R, K, d]``, after the final norm.
         """
         offsets = torch.arange(x.shape[1], device=x.device)
         positions = anchor_positions[:, None] + offsets
-        mask = self._visible(positions, ctx.positions)
+        if packed and self.config.sliding_window is None:
+            mask = ctx.positions < anchor_positions[:, None]
+        else:
+            mask = self._visible(positions, ctx.positions)
         for layer, key, value in zip(self.layers, ctx.keys, ctx.values, strict=True):
             x = layer(x, positions, key, value, mask)
         hidden: Tensor = self.norm(x)

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vllm_dspark.ops.loss_rows import loss_rows_
+
 # Rows of logits alive at a time: large enough for efficient products, small enough
-# for a shared cache (512 rows of 16k tokens are 32 MB in float32).
-_ROWS = 128
+# for a shared cache (512 rows of 16k tokens are 16 MB in bfloat16).
+_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +111,28 @@ class _BlockLoss(torch.autograd.Function):
         row_weights: Tensor,
         factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n = len(hidden)
+        # One product with both tables side by side, there and back.
+        inputs, table = hidden, lm_head
+        if latent is not None and w2 is not None:
+            inputs, table = torch.cat([hidden, latent], -1), torch.cat([lm_head, w2], 1)
+        n, d = len(hidden), hidden.shape[1]
         ce, distance = row_weights.new_empty(n), row_weights.new_empty(n)
-        d_hidden = torch.empty_like(hidden)
-        d_latent = None if latent is None else torch.empty_like(latent)
+        d_inputs = torch.empty_like(inputs)
         d_w2 = None if w2 is None else torch.zeros_like(w2, dtype=torch.float32)
+        ids = target.ids.int()
+        buffer = inputs.new_empty(min(n, _ROWS), len(table))
         for start in range(0, n, _ROWS):
             rows = slice(start, min(start + _ROWS, n))
-            logits = F.linear(hidden[rows], lm_head).float()
-            if latent is not None and w2 is not None:
-                logits += F.linear(latent[rows], w2)
-            here = TargetProbs(target.ids[rows], target.probs[rows])
-            ce[rows], distance[rows], d_logits = _rows(
-                logits, here, row_weights[rows], *factors
+            part = inputs[rows]
+            logits = torch.mm(part, table.T, out=buffer[: len(part)])
+            ce[rows], distance[rows], _ = loss_rows_(
+                logits, ids[rows], target.probs[rows], row_weights[rows], *factors
             )
-            d_logits = d_logits.to(lm_head.dtype)
-            d_hidden[rows] = d_logits @ lm_head
-            if d_latent is not None and d_w2 is not None:
-                assert latent is not None and w2 is not None
-                d_latent[rows] = d_logits @ w2
-                d_w2 += d_logits.T @ latent[rows]
-        ctx.save_for_backward(d_hidden, d_latent, d_w2)
+            torch.mm(logits, table, out=d_inputs[rows])
+            if d_w2 is not None and latent is not None:
+                d_w2 += logits.T @ latent[rows]
+        d_hidden, d_latent = d_inputs.split([d, inputs.shape[1] - d], dim=1)
+        ctx.save_for_backward(d_hidden, None if latent is None else d_latent, d_w2)
         loss = (row_weights * (factors[0] * ce + factors[1] * distance)).sum()
         ctx.mark_non_differentiable(ce, distance)
         return loss, ce, distance
@@ -141,36 +144,6 @@ class _BlockLoss(torch.autograd.Function):
             None if d is None else d * scale.to(d.dtype) for d in ctx.saved_tensors
         )
         return d_hidden, d_latent, None, d_w2, None, None, None
-
-
-def _rows(
-    z: Tensor, target: TargetProbs, w: Tensor, alpha: float, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CE, ℓ1 and the gradient in the logits of a slice; overwrites ``z``.
-
-    With s the signs of q − p, s_o that of "something else" and ḡ = Σ q s, the
-    gradient is ``(α Σp + β (s_o − ḡ)) q``, plus ``β q (s − s_o) − α p`` at the ids.
-    """
-    p, inside = target.probs, target.ids >= 0
-    at = target.ids.clamp_min(0)
-    p_in = p * inside
-    z -= z.amax(dim=-1, keepdim=True)
-    z_at = z.gather(1, at)
-    total = z.exp_().sum(dim=-1, keepdim=True)
-    q = z.gather(1, at) / total * inside
-    q_out, p_out = 1.0 - q.sum(-1, keepdim=True), 1.0 - p.sum(-1, keepdim=True)
-    diff, diff_out = q - p_in, q_out - p_out
-    unreachable = (p * ~inside).sum(-1)
-    distance = diff.abs().sum(-1) + diff_out.abs().squeeze(-1) + unreachable
-    ce = -(p_in * (z_at - total.log())).sum(-1)
-    sign, sign_out = diff.sign(), diff_out.sign()
-    mean = (q * sign).sum(-1, keepdim=True) + q_out * sign_out
-    row = w.unsqueeze(-1)
-    dense = alpha * p_in.sum(-1, keepdim=True) + beta * (sign_out - mean)
-    z *= row * dense / total
-    sparse = row * (beta * q * (sign - sign_out) - alpha * p_in) * inside
-    z.scatter_add_(1, at, sparse)
-    return ce, distance, z
 
 
 def reference_loss(

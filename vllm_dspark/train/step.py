@@ -81,9 +81,9 @@ class SequenceLoss:
         mask_id = drafter.config.mask_token_id
         ids = torch.full((len(blocks.anchors), size), mask_id)
         ids[:, 0] = blocks.prev_ids[:, 0]
-        return drafter.run_block(
-            self.embeddings[ids].to(self.dtype), blocks.anchors, ctx
-        )
+        x = self.embeddings[ids].to(self.dtype)
+        packed = x.device.type == "cpu" and int(blocks.anchors.min()) > 0
+        return drafter.run_block(x, blocks.anchors, ctx, packed)
 
     def backward(
         self,

@@ -110,8 +110,10 @@ def test_the_same_command_goes_on_and_another_is_refused(command, capsys):
     assert "min_response_tokens = 3, this run has 4" in said
 
 
-def test_a_stop_keeps_what_was_taken(command, capsys, monkeypatch):
-    """Ctrl-C, or the SIGTERM of a job's time limit, between two answers."""
+@pytest.mark.parametrize("background", [False, True])
+def test_a_stop_keeps_what_was_taken(command, capsys, monkeypatch, background):
+    """The SIGTERM of a job's time limit between two answers; in the background of a
+    shell, where Ctrl-C is ignored, it must be heard too."""
 
     @contextmanager
     def stopping(console, goal):
@@ -123,12 +125,16 @@ def test_a_stop_keeps_what_was_taken(command, capsys, monkeypatch):
 
     options = ["--samples", "60", "--concurrency", "4"]
     before = signal.getsignal(signal.SIGTERM)
+    keyboard = signal.getsignal(signal.SIGINT)
+    if background:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(synthesize, "showing", stopping)
             assert command(*options) == 130
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, keyboard)
     assert "the same command goes on" in capsys.readouterr().out
     assert 5 <= len(read_tokens(command.folder)) < 20
     assert command(*options) == 0 and len(read_tokens(command.folder)) == 60

@@ -15,9 +15,12 @@ U_k       base_logits         logits of h_k through the LM head, before the head
 c_k       confidence          P(x_k accepted given x_1..x_{k-1} were), in (0, 1)
                               (3.2.1)
 a_k       survival            the product of c_1..c_k
-ℓ         num_drafts          drafts of a request sent to verification, 0..γ
+ℓ         num_drafts,         drafts of a request sent to verification, 0..γ; where
+          verify_lens         it is decided, num_drafts is how many there are to choose
 τ         accepted_length     tokens emitted per round, the bonus token included
 R         num_reqs            requests of a batch
+B         batch_tokens        tokens of the target's step: anchors, drafts, prefill
+Θ         throughput          tokens per second, R·τ over the seconds of the round
 V, Vd     vocab_size,         target vocabulary; the drafter's own, possibly a
           draft_vocab_size    subset, whose row i is target token d2t[i]
 S         support             entries of a truncated draft distribution (top-k)

@@ -1,0 +1,92 @@
+"""How many positions to draft in the next round (paper, its named limitation).
+
+Drafting is paid for even where nothing is verified; so the choice weighs its cost in,
+and 0 positions, a bypass, is among the choices. Lossless with whatever comes out, as
+all of it is known before the round's first draft is drawn: ``history`` must come from
+earlier rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.schedule.step import (
+    Floats,
+    Ints,
+    StepCost,
+    VerifyStep,
+    candidates,
+    first_drop,
+    round_seconds,
+)
+
+# Seconds of drafting for so many requests, by positions [n] → [n]. At 0 positions it
+# is what a bypass still costs: the context K/V of the emitted tokens.
+DraftCost = Callable[[int, Ints], Floats]
+
+
+@dataclass(frozen=True)
+class DraftLength:
+    """A choice of draft length and what it was chosen by.
+
+    Args:
+        positions: 0..K with the best predicted throughput, the fewest among equals.
+        throughput: ``[K + 1]`` Θ by positions, drafting included, in tokens/s.
+    """
+
+    positions: int
+    throughput: Floats
+
+
+def best_draft_length(
+    history: NDArray[np.floating],
+    num_reqs: int,
+    base_tokens: int,
+    cost: StepCost,
+    draft_cost: DraftCost,
+    early_stop: bool = True,
+) -> DraftLength:
+    """The draft length with the best throughput, drafting paid for.
+
+    For each length the round is predicted with the verify lengths that its own planning
+    would choose.
+
+    Args:
+        history: ``[R, K]`` mean survivals of earlier rounds by request, or ``[K]`` for
+            all alike; entries that are no probability count as 0.
+        num_reqs: R.
+        base_tokens: as in `VerifyStep`.
+        cost: seconds of the target's step by its tokens.
+        draft_cost: seconds of drafting.
+        early_stop: verification will be planned by `plan`; False for `find_budget`,
+            whose search is not stopped by a jag of the cost curve.
+
+    Raises:
+        ValueError: ``history`` is for another number of requests, or a cost is no time.
+    """
+    if history.ndim == 1:
+        history = np.broadcast_to(history, (num_reqs, len(history)))
+    if history.ndim != 2 or len(history) != num_reqs:
+        raise ValueError(
+            f"history of shape {history.shape} for {num_reqs} requests: give [R, K], "
+            "or [K] for all alike"
+        )
+    drafts = candidates(VerifyStep(history, base_tokens, cost))
+    width = history.shape[1]
+    drafting = draft_cost(num_reqs, np.arange(width + 1))
+    if not ((drafting >= 0) & np.isfinite(drafting)).all():
+        raise ValueError(f"drafting takes {drafting} seconds: give 0 or more")
+    seconds = round_seconds(cost, base_tokens, num_reqs * width)
+    order = drafts.ranked(drafts.inside, drafts.survival)
+    survival, column = drafts.survival.ravel()[order], order % max(width, 1)
+    throughput = np.empty(width + 1)
+    for positions in range(width + 1):
+        gains = survival[column < positions]
+        tokens = num_reqs + np.append(0.0, gains.cumsum())
+        speed = tokens / (seconds[: len(tokens)] + drafting[positions])
+        throughput[positions] = speed[first_drop(speed)] if early_stop else speed.max()
+    return DraftLength(int(np.argmax(throughput)), throughput)

@@ -34,7 +34,7 @@ fix: setup ## let ruff and clang-format repair what they can
 check: lint test ## lint and fast tests, before every commit
 
 bench: setup ## kernel benchmarks, JSON under benchmarks/results/
-	@for b in rejection sequential round; do \
+	@for b in rejection sequential round planner; do \
 	  echo "== bench_$$b"; \
 	  $(VENV)/bin/python benchmarks/bench_$$b.py \
 	    --json benchmarks/results/$$b.json $(BENCH_ARGS) || exit 1; done

@@ -129,6 +129,18 @@ def test_ties_keep_rows_in_order_and_prefixes() -> None:
     assert lens.tolist() == [1, 1]
 
 
+def test_many_ties() -> None:
+    # Small arrays are sorted stably whatever is asked for; this one is not.
+    random = np.random.default_rng(0)
+    survival = np.cumprod(random.choice([1.0, 0.5], size=(40, 7)), axis=1)
+    keys = sorted((-survival[r, k], r, k) for r in range(40) for k in range(7))
+    for count in range(0, 281, 7):
+        budget = Budget(np.zeros(40, int), count, Stop.BUDGET)
+        found = plan_within(VerifyStep(survival, 40, rising), budget)
+        rows = [r for _, r, _ in keys[:count]]
+        assert found.verify_lens.tolist() == [rows.count(r) for r in range(40)]
+
+
 @pytest.mark.parametrize("policy", EVERY_POLICY)
 def test_ragged_rows(policy: str) -> None:
     survival = np.array([[0.9, 0.8, 0.7], [0.9, math.nan, 7.0], [0.9, 0.8, 0.7]])

@@ -154,6 +154,11 @@ def test_one_context_serves_many_anchors(folder: Path) -> None:
     copies = padded_context(drafter, [rows[0]] * 3)
     apart, _ = drafter.forward_block(anchors, positions, copies)
     torch.testing.assert_close(together, apart)
+    # As training runs them, in the fused kernel.
+    x = torch.randn(3, drafter.config.block_size, drafter.config.hidden_size)
+    plain = drafter.run_block(x, positions, shared)
+    packed = drafter.run_block(x, positions, shared, packed=True)
+    torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_full_attention_is_bidirectional_and_sliding_causal(

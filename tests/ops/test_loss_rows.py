@@ -13,7 +13,7 @@ FACTORS = [(0.1, 0.9), (1.0, 0.0), (0.0, 1.0)]
 
 
 def some_rows(rows: int, vocab: int, top: int) -> tuple[Tensor, ...]:
-    """Logits, ids (a few not draftable), probabilities that leave mass over, weights."""
+    """Logits, ids (some not draftable), probabilities with a remainder, weights."""
     g = torch.Generator().manual_seed(rows * 7 + vocab)
     logits = torch.randn(rows, vocab, generator=g) * 4
     # Most of the target's tokens are likely drafts as well, as in training.

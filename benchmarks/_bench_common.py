@@ -91,5 +91,5 @@ def write_json(path: str | Path | None, result: dict[str, Any]) -> None:
     if path is None:
         return
     result = {**result, "provenance": provenance.collect()}
-    Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    provenance.write_json(path, result)
     print(f"written: {path}")

@@ -6,6 +6,7 @@ any layer may use it. It does not know what the figures mean.
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -42,11 +43,21 @@ def collect(command: list[str] | None = None) -> dict[str, Any]:
     }
 
 
-def _portable(argument: str) -> str:
-    """An argument without this machine's folders, so that a record can be published."""
-    for folder, name in ((Path.cwd(), "."), (Path.home(), "~")):
-        argument = argument.replace(str(folder), name)
-    return argument
+def write_json(file: str | Path, record: Any) -> None:
+    """Write a result for machines; its strings lose this machine's folders."""
+    Path(file).write_text(json.dumps(_portable(record), indent=1) + "\n")
+
+
+def _portable(value: Any) -> Any:
+    """Plain values without this machine's folders, so that they can be published."""
+    if isinstance(value, dict):
+        return {key: _portable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(entry) for entry in value]
+    if isinstance(value, str):
+        for folder, name in ((Path.cwd(), "."), (Path.home(), "~")):
+            value = value.replace(str(folder), name)
+    return value
 
 
 def _version(distribution: str) -> str | None:

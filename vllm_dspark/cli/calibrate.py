@@ -5,7 +5,6 @@ temperature scaling, and writes `dspark_calibration.json` beside the drafter's w
 """
 
 import argparse
-import json
 import math
 import signal
 from collections import Counter
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         result["report"] = {f"{t:g}": value for t, value in figures.items()}
         console.print(f"report: {arguments.report / 'report.md'}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(finite(result), indent=1) + "\n")
+        provenance.write_json(arguments.json, finite(result))
         console.print(f"written: {arguments.json}")
     return 0
 

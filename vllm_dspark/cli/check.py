@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     report |= {"ok": not problems, "problems": problems}
     if arguments.json:
         record = {**report, "provenance": provenance.collect()}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        provenance.write_json(arguments.json, record)
     return _conclude(console, problems)
 
 

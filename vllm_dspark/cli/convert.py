@@ -1,7 +1,6 @@
 """`vllm-dspark convert`: a drafter's folder in the other of its two layouts."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,5 +71,5 @@ def run(arguments: argparse.Namespace) -> int:
             **asdict(done),
             "provenance": provenance.collect(),
         }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        provenance.write_json(arguments.json, record)
     return 0

@@ -236,7 +236,7 @@ def _report(
         result["server_environment"] = SERVER_ENVIRONMENT
         result["eager"] = not arguments.compile
         result["provenance"] = provenance.collect()
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        provenance.write_json(arguments.json, result)
         console.print(f"written: {arguments.json}")
     sys.stdout.flush()
     return 0

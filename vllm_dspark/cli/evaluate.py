@@ -6,7 +6,6 @@ per dataset and as their mean. Several drafters and vLLM's other methods side by
 """
 
 import argparse
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         result["engine"] = arguments.engine
         result["settings"] = _settings(arguments)
         result["provenance"] = provenance.collect()
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        provenance.write_json(arguments.json, result)
         console.print(f"written: {arguments.json}")
     return 0
 

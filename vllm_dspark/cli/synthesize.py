@@ -6,7 +6,6 @@ same command goes on where it was stopped or killed.
 
 import argparse
 import asyncio
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -99,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
             console.print("the same command goes on from here")
             return 130
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        provenance.write_json(arguments.json, result)
         console.print(f"written: {arguments.json}", highlight=False)
     return 0
 

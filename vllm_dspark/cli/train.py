@@ -5,7 +5,6 @@ Interrupt it at any time; the same command goes on where it was.
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -96,7 +95,6 @@ def chosen_options(arguments: argparse.Namespace) -> TrainOptions:
         if typed is not None:
             values[spec.name] = tuple(typed) if isinstance(typed, list) else typed
     if values.get("head") == "none":
-        values.setdefault("rank", 0)
         values["rank"] = 0 if arguments.rank is None else values["rank"]
     return TrainOptions(**values)
 
@@ -114,9 +112,3 @@ def _process_group() -> Iterator[int]:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
-
-
-def write_json(file: Path | None, result: dict[str, Any]) -> None:
-    """Write the outcome for machines, if asked to."""
-    if file is not None:
-        file.write_text(json.dumps(result, indent=1) + "\n")

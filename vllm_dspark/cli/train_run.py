@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_dspark.cli.train import write_json
+from vllm_dspark import provenance
 from vllm_dspark.model.target import find_target, identify_target
 from vllm_dspark.train import state
 from vllm_dspark.train.continued import fitting_options, read_start
@@ -160,9 +160,8 @@ def table_row(report: Report) -> str:
 
 def _finish(outcome: Outcome, arguments: argparse.Namespace, console: Console) -> int:
     progress = outcome.progress
-    write_json(
-        arguments.json,
-        {
+    if arguments.json:
+        result = {
             "reason": outcome.reason,
             "steps": progress.step,
             "blocks": progress.blocks,
@@ -170,8 +169,8 @@ def _finish(outcome: Outcome, arguments: argparse.Namespace, console: Console) -
             "tau": progress.best,
             "coverage": outcome.coverage,
             "drafter": str(arguments.out),
-        },
-    )
+        }
+        provenance.write_json(arguments.json, result)
     if outcome.reason == "diverged":
         kept = arguments.out / state.FOLDER
         console.print(

@@ -85,12 +85,12 @@ class TrainingData:
 
     def counts(self, responses_only: bool) -> np.ndarray:
         """How often each token of the target's vocabulary occurs in training texts."""
-        total = np.zeros(self.tokens.target.vocab_size, dtype=np.int64)
+        parts = []
         for index in self.training.tolist():
             tokens, prompt_len = self.tokens.sample(index)
-            part = tokens[prompt_len:] if responses_only else tokens
-            np.add.at(total, part, 1)
-        return total
+            parts.append(tokens[prompt_len:] if responses_only else tokens)
+        size = self.tokens.target.vocab_size
+        return np.bincount(np.concatenate(parts), minlength=size)
 
     @property
     def num_response_tokens(self) -> int:

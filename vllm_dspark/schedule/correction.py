@@ -1,0 +1,201 @@
+"""Keeping a cost table true from the times that the engine sees.
+
+A table may be stale or foreign to the hour: measured on an idle machine, before a
+neighbour came, at another clock rate. Each part of it (points of the step's curve, the
+term of the context, points of the drafter's grid) gets a factor, and all factors one
+robust filter. They share variance: most of it is common to everything (a machine that
+is slower is slower everywhere, where nobody has looked as well), some to the step or to
+the drafter, and the rest to neighbours on the curve. So one load corrects the whole
+table by the common factor, and what is wrong only at some B is learned there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_dspark.schedule.cost import CostTable
+from vllm_dspark.schedule.isotonic import Floats
+from vllm_dspark.schedule.robust_filter import RobustFilter
+
+# Standard deviations of the logarithm of the factors, before anything was seen.
+_COMMON = 0.7  # a factor of 2 is nothing special
+_BY_KIND = 0.3
+_LOCAL = 0.3
+_REACH = 1.0  # octaves, over which local factors are alike
+_MAX_STEP_KNOTS = 24
+_MAX_ROWS, _MAX_COLUMNS = 6, 3  # of the drafter's grid
+_MATERIAL = 0.02  # relative change of any factor that makes a new snapshot
+_WINDOW = 256  # observations that `error` looks back on
+_MAX_CACHED = 4096
+# A factor beyond says that something else is being measured.
+_MAX_LOG = math.log(1000.0)
+
+
+class LiveCost:
+    """A cost table and what was learned since about its errors. Not thread-safe.
+
+    Args:
+        table: to start from; `snapshot` saved in an earlier run will do.
+
+    Example:
+        >>> draft = ((0.001, 0.004),)
+        >>> table = CostTable((1, 9), (0.02, 0.04), 0.0, (1,), (0, 7), draft)
+        >>> live = LiveCost(table)
+        >>> for _ in range(50):
+        ...     live.observe(5, 0, 0.06)
+        >>> round(float(live.snapshot().step_seconds(5)), 2)
+        0.06
+    """
+
+    def __init__(self, table: CostTable) -> None:
+        self._table = table
+        self._knots = _thin(table.tokens, _MAX_STEP_KNOTS)
+        self._rows = _thin(table.requests, _MAX_ROWS)
+        self._columns = _thin(table.positions, _MAX_COLUMNS)
+        self._context = len(self._knots)  # index of the context's factor
+        self._filter = RobustFilter(self._prior())
+        # What each observation is of the factors, and the table's own seconds.
+        self._steps: dict[int, tuple[Floats, float, int]] = {}
+        self._drafts: dict[tuple[int, int], tuple[Floats, float, int]] = {}
+        self._at_points = np.stack([self._step_row(b) for b in table.tokens])
+        self._at_grid = np.stack(
+            [self._draft_row(r, k) for r in table.requests for k in table.positions]
+        )
+        self._errors: deque[float] = deque(maxlen=_WINDOW)
+        self._snapshot = table
+        self._snapshot_x = self._filter.x.copy()
+        self.observed = 0
+
+    def observe(self, batch_tokens: int, context_tokens: int, seconds: float) -> None:
+        """Learn from one target step; what cannot be a step's time is passed over.
+
+        Args:
+            batch_tokens: B, at least 1.
+            context_tokens: context read by attention, summed over the step's requests.
+            seconds: what the step took, drafting not included.
+        """
+        if not (batch_tokens >= 1 and 0 < seconds < math.inf):
+            return
+        found = self._steps.get(batch_tokens)
+        if found is None:
+            row = self._step_row(batch_tokens)
+            base = float(self._table.step_seconds(batch_tokens))
+            found = row, base, int(row.argmax())
+            _keep(self._steps, batch_tokens, found)
+        row, base, place = found
+        x = self._filter.x
+        predicted = base * math.exp(float(row.dot(x)))
+        if context_tokens > 0 and self._table.per_context_token > 0:
+            factor = math.exp(float(x[self._context]))
+            reading = self._table.per_context_token * factor * context_tokens
+            share = reading / (predicted + reading)
+            row = row * (1 - share)
+            row[self._context] = share
+            predicted += reading
+        self._learn(row, predicted, seconds, place)
+
+    def observe_draft(self, num_reqs: int, positions: int, seconds: float) -> None:
+        """Learn from one drafting (0 positions: context K/V upkeep alone)."""
+        if not (num_reqs >= 1 and positions >= 0 and 0 < seconds < math.inf):
+            return
+        found = self._drafts.get((num_reqs, positions))
+        if found is None:
+            row = self._draft_row(num_reqs, positions)
+            base = float(self._table.draft_seconds(num_reqs, positions))
+            found = row, base, int(row.argmax())
+            _keep(self._drafts, (num_reqs, positions), found)
+        row, base, place = found
+        predicted = base * math.exp(float(row.dot(self._filter.x)))
+        self._learn(row, predicted, seconds, place)
+
+    def snapshot(self) -> CostTable:
+        """The corrected table to plan with; the same object until it matters."""
+        x = self._filter.x
+        if float(np.abs(x - self._snapshot_x).max()) > _MATERIAL:
+            self._snapshot, self._snapshot_x = self._corrected(), x.copy()
+        return self._snapshot
+
+    def error(self) -> float:
+        """Median of |predicted / observed - 1| over the last observations, or NaN.
+
+        Predicted is what was known before each observation.
+        """
+        return float(np.median(self._errors)) if self._errors else math.nan
+
+    def _learn(self, row: Floats, predicted: float, seconds: float, place: int) -> None:
+        self.observed += 1
+        self._errors.append(abs(predicted / seconds - 1))
+        self._filter.update(row, math.log(seconds / predicted), place)
+
+    def _corrected(self) -> CostTable:
+        table, x = self._table, np.clip(self._filter.x, -_MAX_LOG, _MAX_LOG)
+        points = self._at_points
+        variance = np.einsum("ij,jk,ik->i", points, self._filter.covariance, points)
+        grid = np.exp(self._at_grid @ x).reshape(len(table.requests), -1)
+        return CostTable.fit(
+            table.tokens,
+            np.array(table.step) * np.exp(points @ x),
+            table.per_context_token * math.exp(float(x[self._context])),
+            table.requests,
+            table.positions,
+            np.array(table.draft) * grid,
+            # What was seen holds; its neighbours give way where the order demands it.
+            weights=1 / np.maximum(variance, 1e-6),
+        )
+
+    def _prior(self) -> Floats:
+        """Covariance of the factors: step knots, context, drafter's grid in rows."""
+        steps = _alike(self._knots)
+        drafts = np.kron(_alike(self._rows), _alike([k + 1 for k in self._columns]))
+        m, n = len(steps), len(steps) + 1 + len(drafts)
+        prior = np.full((n, n), _COMMON**2)
+        prior[:m, :m] += _BY_KIND**2 + _LOCAL**2 * steps
+        prior[m, m] += _BY_KIND**2 + _LOCAL**2
+        prior[m + 1 :, m + 1 :] += _BY_KIND**2 + _LOCAL**2 * drafts
+        return prior
+
+    def _step_row(self, batch_tokens: int) -> Floats:
+        row = np.zeros(len(self._filter.x))
+        row[: self._context] = _between(self._knots, batch_tokens)
+        return row
+
+    def _draft_row(self, num_reqs: int, positions: int) -> Floats:
+        row = np.zeros(len(self._filter.x))
+        columns = _between([k + 1 for k in self._columns], positions + 1)
+        row[self._context + 1 :] = np.kron(_between(self._rows, num_reqs), columns)
+        return row
+
+
+def _thin(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of the values, both ends among them."""
+    if len(values) <= most:
+        return list(values)
+    return [
+        values[i] for i in np.linspace(0, len(values) - 1, most).round().astype(int)
+    ]
+
+
+def _alike(at: Sequence[int]) -> Floats:
+    """[n, n] correlation of local factors by distance on a logarithmic axis."""
+    octaves = np.log2(np.array(at, dtype=np.float64))
+    alike: Floats = np.exp(-np.abs(octaves[:, None] - octaves) / _REACH)
+    return alike
+
+
+def _between(knots: Sequence[int], at: int) -> Floats:
+    """[n] weights of the knots at a place; linear on a logarithmic axis."""
+    octaves = np.log2(np.array(knots, dtype=np.float64))
+    unit = np.eye(len(knots))
+    place = math.log2(at)
+    return np.array([np.interp(place, octaves, one) for one in unit])
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(cache) >= _MAX_CACHED:
+        cache.clear()
+    cache[key] = value

@@ -1,0 +1,234 @@
+"""The cost table's file in the user's cache: reading with every check, and writing.
+
+One file per key, so that several models, machines and versions share a cache. A file
+that cannot be trusted is never used: `load` says so once and the engine profiles anew;
+a server does not die of a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vllm_dspark.schedule.cost import CostTable
+
+KIND = "dspark-cost"
+SCHEMA = 1
+FOLDER = "cost"  # under the cache's root
+_MAX_BYTES = 1 << 20
+
+logger = logging.getLogger("vllm_dspark")
+
+
+@dataclass(frozen=True)
+class CostKey:
+    """What a measured time depends on; a table holds for one such key.
+
+    Args:
+        target: hash of the target (its config and weights' names will do).
+        drafter: `model.checkpoint.weights_hash` of the drafter.
+        dtype: such as ``bfloat16``.
+        device: the machine's name for what computes: the CPU's model, the GPU's name.
+        threads: CPU threads of a worker; 0 where they do not matter.
+        vllm_version: its kernels decide.
+        compiled: False with ``enforce_eager``.
+        tensor_parallel: ranks.
+    """
+
+    target: str
+    drafter: str
+    dtype: str
+    device: str
+    threads: int
+    vllm_version: str
+    compiled: bool
+    tensor_parallel: int
+
+    @property
+    def digest(self) -> str:
+        """A short name for it, the same everywhere."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class CostFile:
+    """A file's content.
+
+    Args:
+        key: what it holds for.
+        table: the table.
+        measured: how it was measured, for people (`profiler.Profile.measured`).
+        provenance: of `provenance.collect`.
+    """
+
+    key: CostKey
+    table: CostTable
+    measured: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def path_of(root: Path, key: CostKey) -> Path:
+    """Where the table of a key lies under the cache's root."""
+    return root / FOLDER / f"{key.digest}.json"
+
+
+def load(root: Path, key: CostKey) -> tuple[CostTable | None, str]:
+    """The cached table, or None and why there is none: profile then.
+
+    A file that exists and cannot be used is reported with one warning.
+    """
+    path = path_of(root, key)
+    if not os.path.lexists(path):
+        return None, f"no cost table yet ({path})"
+    try:
+        return read(path, key).table, ""
+    except ValueError as error:
+        logger.warning("dspark: the cost table is ignored, profiling anew: %s", error)
+        return None, str(error)
+
+
+def save(root: Path, content: CostFile) -> Path | None:
+    """Put a table into the cache; None with one warning where that cannot be done."""
+    path = path_of(root, content.key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, content)
+    except (OSError, ValueError) as error:
+        logger.warning("dspark: the cost table is not kept, %s: %s", path, error)
+        return None
+    return path
+
+
+def read(path: Path, key: CostKey | None = None) -> CostFile:
+    """Read and check a cost table.
+
+    Args:
+        path: the file.
+        key: what it is to be used for, if that is to be compared.
+
+    Raises:
+        ValueError: it cannot be read, is damaged, of another schema, or was measured
+            for something else.
+    """
+    raw = _load(path)
+    if raw.get("kind") != KIND:
+        raise ValueError(f"{path}: 'kind' is {raw.get('kind')!r:.60}, not {KIND!r}")
+    if raw.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path}: 'schema' is {raw.get('schema')!r:.60}; this version reads "
+            f"{SCHEMA}: profile again with it"
+        )
+    found = _key(raw.get("key"), path)
+    for part in fields(CostKey) if key is not None else ():
+        mine, theirs = getattr(key, part.name), getattr(found, part.name)
+        if mine != theirs:
+            raise ValueError(
+                f"{path} was measured for {part.name} {theirs!r:.80}, but here it is "
+                f"{mine!r:.80}: profile again"
+            )
+    notes = [_object(raw, name, path) for name in ("measured", "provenance")]
+    return CostFile(found, _table(raw, path), *notes)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError(f"{path} is no file")
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise ValueError(f"{path}: {size} bytes are no cost table")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, not text ({error.reason})") from error
+    try:
+        raw = json.loads(text)
+    # ValueError: not JSON, or a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, not JSON ({error!s:.80})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: holds {type(raw).__name__}; expected an object")
+    return raw
+
+
+def _key(raw: Any, path: Path) -> CostKey:
+    names = {part.name: part.type for part in fields(CostKey)}
+    if not isinstance(raw, dict) or set(raw) != set(names):
+        raise ValueError(f"{path}: 'key' must have {', '.join(names)}")
+    for name, kind in names.items():
+        if type(raw[name]).__name__ != kind:
+            raise ValueError(f"{path}: key {name} is {raw[name]!r:.60}, not {kind}")
+    return CostKey(**raw)
+
+
+def _object(raw: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    found = raw.get(name)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {name!r} is {found!r:.60}; expected an object")
+    return found
+
+
+def _table(raw: Mapping[str, Any], path: Path) -> CostTable:
+    step, draft = _object(raw, "step", path), _object(raw, "draft", path)
+    axes = [step.get("tokens"), draft.get("requests"), draft.get("positions")]
+    seconds, grid = step.get("seconds"), draft.get("seconds")
+    for values in [*axes, seconds, grid, *(grid if isinstance(grid, list) else ())]:
+        if not isinstance(values, list):
+            raise ValueError(f"{path}: {values!r:.60} stands where a list belongs")
+    tokens, requests, positions = (tuple(axis or ()) for axis in axes)
+    slope: Any = step.get("seconds_per_context_token")
+    rows = tuple(tuple(row) for row in grid or ())
+    try:
+        return CostTable(tokens, tuple(seconds or ()), slope, requests, positions, rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write(path: Path, content: CostFile) -> None:
+    """Write a cost table as a whole or not at all, and read it back.
+
+    Raises:
+        ValueError: it would not be readable.
+        OSError: the folder cannot be written.
+    """
+    table = content.table
+    text = json.dumps(
+        {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "key": asdict(content.key),
+            "step": {
+                "tokens": table.tokens,
+                "seconds": table.step,
+                "seconds_per_context_token": table.per_context_token,
+            },
+            "draft": {
+                "requests": table.requests,
+                "positions": table.positions,
+                "seconds": table.draft,
+            },
+            "measured": dict(content.measured),
+            "provenance": dict(content.provenance),
+        },
+        indent=1,
+        allow_nan=False,
+    )
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        temporary.chmod(0o644)
+        read(temporary, content.key)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vllm_dspark.schedule.cost import CostTable
-from vllm_dspark.schedule.isotonic import Floats
+from vllm_dspark.schedule.step import Floats
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)

@@ -29,7 +29,7 @@ from tests.schedule.test_cost_file import CONTENT, KEY
 from vllm_dspark.schedule import cost_file
 from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost import CostTable
-from vllm_dspark.schedule.isotonic import Floats
+from vllm_dspark.schedule.step import Floats
 
 STEPS = 200
 SEEDS = range(5)

@@ -4,7 +4,6 @@ The part of `vllm-dspark profile` that needs no engine. Making a table will end 
 `show` as well: what was measured is then shown like what was found in the cache.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vllm_dspark import provenance
 from vllm_dspark.calibration.plots import figure
 from vllm_dspark.schedule import cost_file
 from vllm_dspark.schedule.cost import CostTable
@@ -43,7 +43,7 @@ def show(
         draw(content, plot)
         console.print(f"written: {plot}", highlight=False, soft_wrap=True)
     if out is not None:
-        out.write_text(json.dumps(as_json(content), indent=1) + "\n")
+        provenance.write_json(out, as_json(content))
         console.print(f"written: {out}", highlight=False, soft_wrap=True)
 
 

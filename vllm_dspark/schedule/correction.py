@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from vllm_dspark.schedule.cost import CostTable
-from vllm_dspark.schedule.isotonic import Floats
 from vllm_dspark.schedule.robust_filter import RobustFilter
+from vllm_dspark.schedule.step import Floats
 
 # Standard deviations of the logarithm of the factors, before anything was seen.
 _COMMON = 0.7  # a factor of 2 is nothing special

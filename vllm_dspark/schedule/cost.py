@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vllm_dspark.schedule.isotonic import Floats, isotonic, isotonic_grid
+from vllm_dspark.schedule.isotonic import isotonic, isotonic_grid
+from vllm_dspark.schedule.step import Floats
 
 # What a table may hold. Outside, something went wrong: no step takes a tenth of a
 # microsecond or an hour.

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vllm_dspark.schedule.cost import SECONDS, CostTable
-from vllm_dspark.schedule.isotonic import Floats
 from vllm_dspark.schedule.profile_points import Limits, Point, choose_points, predict
+from vllm_dspark.schedule.step import Floats
 
 PROFILE_SECONDS = 10.0
 _FIRST_PASS = 0.45  # of the budget: a second pass must fit, and a few repeats

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from vllm_dspark.schedule.isotonic import Floats
+from vllm_dspark.schedule.step import Floats
 
 # Standard deviations from which a surprise is cut, counts less and less, is ignored.
 _CUT, _LESS, _IGNORED = 2.5, 5.0, 8.0

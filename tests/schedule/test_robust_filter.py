@@ -58,10 +58,11 @@ def test_huge_ones_at_the_eighth() -> None:
     assert moved(math.log(20), times=8) > 2.5
 
 
-def test_a_row_that_is_broken_starts_anew() -> None:
+@pytest.mark.parametrize("other", [-0.7, 0.0])
+def test_a_row_that_is_broken_starts_anew(other: float) -> None:
     found = settled()
     before = found.x.copy()
-    for surprise in (0.7, 0.7, 0.7, -0.7, 0.7, 0.7, 0.7, -0.7):
+    for surprise in (0.7, 0.7, 0.7, other, 0.7, 0.7, 0.7, other):
         found.update(HERE, surprise, 0)
     np.testing.assert_array_equal(found.x, before)
 

@@ -1,0 +1,249 @@
+"""Survival for the planner, from confidences and from outcomes as they come in.
+
+Confidences go through the calibration file's maps (paper, 3.2.1; as they are without a
+file) and then through a map that follows outcomes (`drift`). Where there is no usable
+confidence, an estimate from outcomes alone takes its place: a rate per position and an
+offset per request. Both learn all the time.
+
+Outcomes are censored: draft k's is known only if all before it were accepted and k was
+verified, and nothing else is learned from. The first map is conditioned on the
+confidence that decided what was verified, so trimming does not bias it. The second is
+not; it takes the calibrated confidence for what was drafted and not verified, or else
+it would know promising drafts only.
+
+Lossless (see `schedule/planner`): what is said about draft k depends on c_1..c_k and
+on outcomes of earlier rounds, on nothing that the draft x_k decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.calibration.drift import (
+    DriftingMaps,
+    DriftOptions,
+    Offsets,
+    evidence,
+)
+from vllm_dspark.calibration.file import Calibration
+from vllm_dspark.calibration.rounds import Floats, Ints, survival
+from vllm_dspark.calibration.start import StartingMaps, sigmoid
+from vllm_dspark.calibration.window import CalibrationWindow
+
+# The two maps.
+_CONFIDENCE, _HISTORY = 0, 1
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """Settings of `OnlineSurvival`.
+
+    Args:
+        prior: conditional acceptance rate before any outcome, at every position.
+        drift: speeds and weights of both maps.
+        window_steps: steps that the metrics' calibration error covers.
+    """
+
+    prior: float = 0.7
+    drift: DriftOptions = field(default_factory=DriftOptions)
+    window_steps: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior < 1:
+            raise ValueError(f"prior {self.prior}: give a rate between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the scheduler goes by in a step, kept until its outcomes are known.
+
+    Args:
+        ids: the R requests.
+        survival: ``[R, k]`` a_1..a_k, falling along a row.
+        conditional: ``[R, k]`` calibrated c_1..c_k, whose product that is.
+        logit: ``[R, k]`` of the confidences through the file's maps.
+        usable: ``[R, k]`` bool, False where there was no usable confidence.
+    """
+
+    ids: tuple[Hashable, ...]
+    survival: Floats
+    conditional: Floats
+    logit: Floats
+    usable: NDArray[np.bool_]
+
+
+class OnlineSurvival:
+    """Calibrated survival of a batch's drafts, following drift; one per engine.
+
+    Args:
+        width: γ, the most drafts of a round.
+        calibration: where the maps start; None to start from raw confidences.
+        options: speeds and priors.
+
+    Raises:
+        ValueError: the calibration covers fewer positions than ``width``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        calibration: Calibration | None = None,
+        options: OnlineOptions | None = None,
+    ) -> None:
+        self.width = width
+        self.options = options or OnlineOptions()
+        drift, prior = self.options.drift, self.options.prior
+        self.window = CalibrationWindow(width, self.options.window_steps)
+        self._start_maps = StartingMaps(width, calibration)
+        self._maps = DriftingMaps(2, width, drift)
+        self._offsets = Offsets(2, drift)
+        self._prior_logit = float(np.log(prior / (1 - prior)))
+        self._rows: dict[Hashable, int] = {}
+        self._free: list[int] = []
+        # By row, the file's setting; row 0 stands for requests that are gone.
+        self._setting = np.zeros(1, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Requests known at present."""
+        return len(self._rows)
+
+    def apply(
+        self,
+        ids: Sequence[Hashable],
+        temperatures: Sequence[float],
+        confidence: NDArray[np.floating[Any]] | None,
+    ) -> Prediction:
+        """Survival of the drafts of a batch; new requests are taken up.
+
+        From the first bad value of a row on (NaN, infinite, outside [0, 1]), and
+        everywhere without confidences, history takes the confidence's place.
+
+        Args:
+            ids: the R requests, each once.
+            temperatures: ``[R]`` of their sampling, read when a request is new.
+            confidence: ``[R, k]`` raw c_1..c_k, k ≤ γ, NaN past a row's last draft;
+                None without a confidence head, for all γ positions.
+
+        Raises:
+            ValueError: other numbers of rows, or too many positions.
+        """
+        rows = self._find(ids, temperatures)
+        if confidence is None:
+            p = self._from_history(rows, self.width)
+            nothing = np.zeros(p.shape, dtype=np.bool_)
+            return Prediction(tuple(ids), survival(p), p, np.zeros(p.shape), nothing)
+        if confidence.shape[0] != len(ids) or confidence.shape[1] > self.width:
+            raise ValueError(
+                f"confidences of shape {confidence.shape} for {len(ids)} requests and "
+                f"at most {self.width} drafts: give [{len(ids)}, 1..{self.width}]"
+            )
+        usable = (confidence >= 0) & (confidence <= 1)  # False for NaN
+        whole = bool(usable.all())
+        if not whole:
+            usable = np.logical_and.accumulate(usable, axis=1)
+            confidence = np.where(usable, confidence, 0.5)
+        x = self._start_maps.logits(confidence, self._setting[rows])
+        p = self._mapped(_CONFIDENCE, x, rows)
+        if not whole:
+            p = np.where(usable, p, self._from_history(rows, p.shape[1]))
+        return Prediction(tuple(ids), survival(p), p, x, usable)
+
+    def history(self, ids: Sequence[Hashable], temperatures: Sequence[float]) -> Floats:
+        """Survivals ``[R, γ]`` to expect of drafts not made yet, from history alone.
+
+        What draft lengths are chosen by. Arguments as of `apply`.
+        """
+        return survival(self._from_history(self._find(ids, temperatures), self.width))
+
+    def update(self, made: Prediction, num_drafts: Ints, accepted: Ints) -> None:
+        """Learn from the outcomes of a step.
+
+        Requests forgotten since still count for the batch.
+
+        Args:
+            made: what `apply` gave for the step's drafts.
+            num_drafts: ``[R]`` drafts verified, 0 for a request that took no part.
+            accepted: ``[R]`` how many of them were accepted.
+
+        Raises:
+            ValueError: more accepted than verified, or verified than predicted.
+        """
+        width = made.survival.shape[1]
+        if (accepted > num_drafts).any() or (num_drafts > width).any():
+            raise ValueError(
+                f"accepted {accepted} of {num_drafts} drafts of {width}: accepted may "
+                "not exceed the verified, nor these the predicted"
+            )
+        position = np.arange(width)
+        verified = position < num_drafts[:, None]
+        hit = position < accepted[:, None]
+        self.window.add(made.survival, verified, accepted)
+        rows = self._known(made.ids)
+        if rows is None:  # some have ended since
+            rows = np.array([self._rows.get(i, 0) for i in made.ids], dtype=np.int64)
+        reached, outcome, predicted, x = np.empty((4, 2, len(rows), width))
+        known = verified & made.usable
+        known[:, 1:] &= hit[:, :-1]
+        reached[_CONFIDENCE], outcome[_CONFIDENCE] = known, hit & known
+        predicted[_CONFIDENCE], x[_CONFIDENCE] = made.conditional, made.logit
+        # History: outcomes, and past the verified drafts what confidences promise.
+        promised = np.where(made.usable, made.conditional, 0.0)
+        alive = np.cumprod(np.where(verified, hit, promised), axis=1)
+        reached[_HISTORY], outcome[_HISTORY] = verified | made.usable, alive
+        reached[_HISTORY, :, 1:] *= alive[:, :-1]
+        predicted[_HISTORY], x[_HISTORY] = self._from_history(rows, width), 0.0
+        found = evidence(reached, outcome, predicted)
+        self._maps.learn(x, found)
+        self._offsets.learn(rows, found)
+
+    def forget(self, ids: Iterable[Hashable]) -> None:
+        """Drop requests that have ended; unknown ones are fine."""
+        for name in ids:
+            row = self._rows.pop(name, None)
+            if row is not None:
+                self._free.append(row)
+
+    def _from_history(self, rows: Ints, width: int) -> Floats:
+        return self._mapped(_HISTORY, np.zeros((1, width)), rows, self._prior_logit)
+
+    def _mapped(self, number: int, x: Floats, rows: Ints, base: float = 0.0) -> Floats:
+        """Probabilities ``[R, k]`` of a map, for logits ``x`` [R or 1, k]."""
+        offsets = self._offsets.of(number, rows) + base
+        return sigmoid(self._maps.logits(number, x) + offsets)
+
+    def _find(self, ids: Sequence[Hashable], temperatures: Sequence[float]) -> Ints:
+        """Rows ``[R]`` of requests."""
+        if len(temperatures) != len(ids):
+            raise ValueError(
+                f"{len(ids)} requests but {len(temperatures)} temperatures: give one "
+                "for each"
+            )
+        rows = self._known(ids)
+        if rows is None:
+            for name, temperature in zip(ids, temperatures, strict=True):
+                if name not in self._rows:
+                    self._rows[name] = self._start(temperature)
+            rows = np.array([self._rows[name] for name in ids], dtype=np.int64)
+        return rows
+
+    def _known(self, ids: Sequence[Hashable]) -> Ints | None:
+        """Rows ``[R]``, or None when one of the requests has none."""
+        try:
+            return np.array(list(map(self._rows.__getitem__, ids)), dtype=np.int64)
+        except KeyError:
+            return None
+
+    def _start(self, temperature: float) -> int:
+        row = self._free.pop() if self._free else len(self._rows) + 1
+        self._offsets.start(row)
+        if row >= len(self._setting):
+            self._setting = np.concatenate(
+                [self._setting, np.zeros_like(self._setting)]
+            )
+        self._setting[row] = self._start_maps.setting(temperature)
+        return row

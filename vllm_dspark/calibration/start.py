@@ -1,0 +1,69 @@
+"""The calibration file's maps for requests of any temperature at once.
+
+What `scaling` does for recorded rounds of one temperature, for every step of a server:
+in one pass over the batch, on logits, which is where `online` goes on from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.calibration.file import Calibration
+from vllm_dspark.calibration.rounds import Floats, Ints
+from vllm_dspark.calibration.scaling import identity
+
+# Outcomes cannot confirm confidences nearer to 0 or 1 than these logits (0.9997), and
+# a single one beyond would outweigh everything else in the regression.
+_MAX_LOGIT = 8.0
+_EDGE = float(1 / (1 + np.exp(_MAX_LOGIT)))
+
+
+class StartingMaps:
+    """The file's maps of K positions; confidences as they are without a file.
+
+    Raises:
+        ValueError: the calibration covers fewer positions than ``width``.
+    """
+
+    def __init__(self, width: int, calibration: Calibration | None) -> None:
+        self._calibration = calibration
+        scalings = list(calibration.settings.values()) if calibration else []
+        for scaling in scalings:
+            if scaling.width < width:
+                raise ValueError(
+                    f"the calibration covers {scaling.width} positions, fewer than "
+                    f"the {width} drafted: calibrate again with "
+                    f"--num-speculative-tokens {width}"
+                )
+        self._scalings = scalings or [identity(width)]
+        self._slope = np.array(
+            [1 / np.array(s.temperature[:width]) for s in self._scalings]
+        )
+        self._bias = np.array([s.bias[:width] for s in self._scalings])
+
+    def setting(self, temperature: float) -> int:
+        """Number of the setting for requests of a temperature."""
+        if self._calibration is None:
+            return 0
+        chosen = self._calibration.scaling(temperature)
+        return next(i for i, s in enumerate(self._scalings) if s is chosen)
+
+    def logits(self, confidence: NDArray[np.floating[Any]], settings: Ints) -> Floats:
+        """Logits within ±8 of ``confidence`` [R, k], by each row's setting ``[R]``."""
+        c = np.minimum(np.maximum(confidence.astype(np.float64), _EDGE), 1 - _EDGE)
+        x: Floats = np.log(c / (1 - c))
+        if self._calibration is None:
+            return x
+        k = x.shape[1]
+        x = x * self._slope[settings, :k] + self._bias[settings, :k]
+        mapped: Floats = np.minimum(np.maximum(x, -_MAX_LOGIT), _MAX_LOGIT)
+        return mapped
+
+
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + e^−x), for logits that are not extreme."""
+    p: Floats = 1 / (1 + np.exp(-x))
+    return p

@@ -1,0 +1,76 @@
+"""Settings of the choice of draft length, each with its one default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class DraftingOptions:
+    """Settings of `drafting`, `probing` and `request_gate`.
+
+    Steps are engine steps with requests that decode; a round is one request's part in
+    a step that drafted for it.
+
+    Args:
+        bypass: False to draft at least one position always.
+        margin: relative gain in throughput that a change must promise.
+        hold: steps that a choice lasts at least.
+        max_hold: what that grows to, doubling while choices do not last.
+        average: steps over which promises are averaged.
+        load_factor: a load this many times larger or smaller is another load,
+        load_step: if it also differs by this many requests.
+        warmup_rounds: rounds to see before predictions are believed,
+        warmup_steps: or steps.
+        probe_interval: steps of bypass before the first probe.
+        max_probe_interval: what that grows to, doubling with every probe in vain.
+        probe_rounds: rounds that a probe collects before it is judged.
+        max_probe_steps: steps that a probe lasts at most.
+        encouraging: share of the distance to break-even that a probe must close to
+            be continued.
+        low_acceptance: acceptance of first drafts below which a bypass is put down to
+            acceptance, not to cost.
+        request_rounds: rounds after which a request may be judged by itself.
+        request_acceptance: drafts accepted per round below which it gets none.
+        request_probe_rounds: rounds of a probe of one request; intervals as above.
+    """
+
+    bypass: bool = True
+    margin: float = 0.02
+    hold: int = 8
+    max_hold: int = 64
+    average: float = 8.0
+    load_factor: float = 1.5
+    load_step: int = 4
+    warmup_rounds: int = 32
+    warmup_steps: int = 64
+    probe_interval: int = 32
+    max_probe_interval: int = 1024
+    probe_rounds: int = 16
+    max_probe_steps: int = 64
+    encouraging: float = 0.25
+    low_acceptance: float = 0.3
+    request_rounds: int = 24
+    request_acceptance: float = 0.05
+    request_probe_rounds: int = 4
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            # A step is needed to see outcomes at all, so counts are at least 1.
+            least = 1 if option.type in ("int", int) else 0
+            if not least <= value < float("inf"):
+                raise ValueError(
+                    f"{option.name} {value}: give a finite number, at least {least}"
+                )
+        for name, above in (("load_factor", 1), ("average", 0.999)):
+            if not getattr(self, name) > above:
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: give more than {above}"
+                )
+        for low in ("hold", "probe_interval"):
+            if getattr(self, f"max_{low}") < getattr(self, low):
+                raise ValueError(
+                    f"max_{low} {getattr(self, f'max_{low}')}: give at least the "
+                    f"{low}, {getattr(self, low)}"
+                )

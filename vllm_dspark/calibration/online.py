@@ -182,7 +182,7 @@ class OnlineSurvival:
         position = np.arange(width)
         verified = position < num_drafts[:, None]
         hit = position < accepted[:, None]
-        self.window.add(made.survival, verified, accepted)
+        self.window.add(made.survival, verified, hit)
         rows = self._known(made.ids)
         if rows is None:  # some have ended since
             rows = np.array([self._rows.get(i, 0) for i in made.ids], dtype=np.int64)

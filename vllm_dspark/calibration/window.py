@@ -31,19 +31,19 @@ class CalibrationWindow:
         self._next = 0
 
     def add(
-        self, survival: Floats, verified: NDArray[np.bool_], accepted: Ints
+        self, survival: Floats, verified: NDArray[np.bool_], hit: NDArray[np.bool_]
     ) -> None:
         """Enter one step.
 
         Args:
             survival: ``[R, k]`` what the scheduler went by.
             verified: ``[R, k]`` which of these positions were verified.
-            accepted: ``[R]`` drafts accepted.
+            hit: ``[R, k]`` which were accepted.
         """
         position = np.arange(verified.shape[1])
         # Unverified positions fall into a cell past the last one, which is left out.
         cell = np.where(verified, bin_of(survival) + position * BINS, self._size)
-        cell, hit = cell.ravel(), position < accepted[:, None]
+        cell = cell.ravel()
         step = self._cells[self._next]
         for row, values in enumerate(
             (None, (hit - survival).ravel(), (survival * (1 - survival)).ravel())

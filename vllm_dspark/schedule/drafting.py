@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.schedule.drafting_options import DraftingOptions
-from vllm_dspark.schedule.probing import Probes, Verdict, best_draft
+from vllm_dspark.schedule.probing import Probes
 
 Floats = NDArray[np.float64]
 
@@ -130,28 +130,17 @@ class Drafting:
         if self._probes.running:
             if jumped:
                 self._probes.cancel()
-            else:
-                return self._probe(facts, gain)
+            elif self._probes.goes_on(facts.rounds, float(gain[1:].max())):
+                return DraftingChoice(self._probe_length, Reason.PROBE)
+            self._gain = gain  # the average is of what was believed before
         best = self._best(self._lengths(facts.allowed))
         free = self._since_change >= self._hold
         if best != self._length and free and self._worth(best, facts):
             self._change(best)
         elif self._length == 0 and self._probes.due(jumped):
-            self._probe_length = best_draft(self._gain)
+            self._probe_length = 1 + int(np.argmax(self._gain[1:]))
             self._probes.start(float(gain[1:].max()))
             return DraftingChoice(self._probe_length, Reason.PROBE)
-        return DraftingChoice(self._length, self._reason(facts, best))
-
-    def _probe(self, facts: StepFacts, gain: Floats) -> DraftingChoice:
-        best = best_draft(gain)
-        verdict = self._probes.judge(facts.rounds, float(gain[best]))
-        if verdict is Verdict.GO_ON:
-            return DraftingChoice(self._probe_length, Reason.PROBE)
-        self._gain = gain  # the average is of what was believed before
-        if verdict is Verdict.OPEN:
-            best = self._best(self._lengths(facts.allowed))
-            if best != self._length:
-                self._change(best)
         return DraftingChoice(self._length, self._reason(facts, best))
 
     def _gains(self, throughput: Floats) -> Floats:

@@ -38,7 +38,7 @@ class DraftingOptions:
     bypass: bool = True
     margin: float = 0.02
     hold: int = 8
-    max_hold: int = 64
+    max_hold: int = 40
     average: float = 8.0
     load_factor: float = 1.5
     load_step: int = 4

@@ -10,19 +10,8 @@ good again is not seen to be so in a few rounds.
 from __future__ import annotations
 
 import math
-from enum import Enum, auto
-
-import numpy as np
 
 from vllm_dspark.schedule.drafting_options import DraftingOptions
-
-
-class Verdict(Enum):
-    """What becomes of a running probe."""
-
-    GO_ON = auto()
-    OPEN = auto()  # drafting pays
-    STOP = auto()
 
 
 class Probes:
@@ -69,8 +58,8 @@ class Probes:
         self.running = False
         self._waited = 0
 
-    def judge(self, rounds: int, gain: float) -> Verdict:
-        """A step of a running probe.
+    def goes_on(self, rounds: int, gain: float) -> bool:
+        """Take a step of a running probe in; False when it is over.
 
         Args:
             rounds: outcomes that came in.
@@ -79,23 +68,16 @@ class Probes:
         options = self._options
         self._steps += 1
         self._rounds += rounds
-        over = self._steps >= options.max_probe_steps
-        if self._rounds < options.probe_rounds and not over:
-            return Verdict.GO_ON
-        if gain > math.log1p(options.margin):
-            self.running = False
-            return Verdict.OPEN
+        late = self._steps >= options.max_probe_steps
+        if self._rounds < options.probe_rounds and not late:
+            return True
+        pays = gain > math.log1p(options.margin)
         closing = -gain <= (1 - options.encouraging) * self._distance
-        if closing and not over:
+        if closing and not pays and not late:
             self._rounds, self._distance = 0, -gain
-            return Verdict.GO_ON
+            return True
         self.running = False
         self._waited = 0
         longer = min(2 * self._interval, options.max_probe_interval)
         self._interval = options.probe_interval if closing else longer
-        return Verdict.STOP
-
-
-def best_draft(gains: np.ndarray) -> int:
-    """The best length of at least 1 by gains ``[γ + 1]``."""
-    return 1 + int(np.argmax(gains[1:]))
+        return False

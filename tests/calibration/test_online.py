@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.calibration.workloads import CHAT, CODE, MATH, WIDTH, Kind, Load
-from vllm_dspark.calibration.drift import DriftOptions
+from vllm_dspark.calibration.drift import CONFIDENCE, DriftOptions
 from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.fitting import fit
 from vllm_dspark.calibration.online import OnlineOptions, OnlineSurvival
@@ -325,9 +325,9 @@ def test_ended_requests_are_forgotten_and_late_outcomes_are_fine() -> None:
     made = online.apply(["late"], [1.0], np.full((1, WIDTH), 0.5))
     online.forget(["late", "never seen"])
     online.apply(["next"], [1.0], np.full((1, WIDTH), 0.5))
-    before = float(online._offsets.of(0, online._find(["next"], [1.0]))[0, 0])
+    before = float(online._offsets.of(CONFIDENCE, online._find(["next"], [1.0]))[0, 0])
     online.update(made, np.array([WIDTH]), np.array([WIDTH]))
-    after = float(online._offsets.of(0, online._find(["next"], [1.0]))[0, 0])
+    after = float(online._offsets.of(CONFIDENCE, online._find(["next"], [1.0]))[0, 0])
     assert before == after == 0.0  # the row may have been the late one's
     assert (online._offsets._value[:, 0] == 0).all()  # what all that are gone share
 

@@ -1,11 +1,11 @@
 """Maps of confidences that follow outcomes and forget old ones.
 
-P(draft k accepted given 1..k−1 were) = σ(slope_k·x_k + bias_k + u), with x_k a logit
-that is known beforehand and u the offset of the request. The paper's maps (3.2.1) stay
-as fitted; here every step adds its outcomes, as one Newton step of a logistic
-regression in which older evidence has faded. Where evidence is lacking (a position
-that trimming never lets through) the map goes over into what the positions have in
-common, so that no verdict lasts by not being tested.
+P(draft k accepted given 1..k−1 were) = σ(slope_k·x_k + bias_k + u), with x_k the logit
+of the confidence, or 0 for history alone, and u the offset of the request. The paper's
+maps (3.2.1) stay as fitted; here every step adds its outcomes, as one Newton step of a
+logistic regression in which older evidence has faded. Where evidence is lacking (a
+position that trimming never lets through) the map goes over into what the positions
+have in common, so that no verdict lasts by not being tested.
 
 This module knows nothing of requests' names, files or schedulers.
 """
@@ -18,6 +18,7 @@ import numpy as np
 
 from vllm_dspark.calibration.rounds import Floats, Ints
 
+CONFIDENCE, HISTORY = 0, 1  # the two maps, M = 2
 # What lies beyond is a run of odd outcomes, not a workload.
 _OFFSET = 4.0
 _LOWEST = np.array([-8.0, -0.95])[:, None, None]  # bias, slope minus 1
@@ -59,7 +60,7 @@ class DriftOptions:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a step's outcomes say about each position of each request, for M maps.
+    """What a step's outcomes say about each position of each request, for both maps.
 
     Args:
         reached: ``[M, R, k]`` how much the outcome counts: 1 where all drafts before
@@ -80,17 +81,17 @@ def evidence(reached: Floats, hit: Floats, predicted: Floats) -> Evidence:
 
 
 class DriftingMaps:
-    """M independent sets of maps of K positions; all the identity at first.
+    """The maps of confidences and of history, for K positions; the identity at first.
 
-    They are kept together because a step's time goes into numpy calls, not numbers.
+    They learn in one go because a step's time goes into numpy calls, not numbers.
 
     Args:
-        count: M.
         width: K.
         options: speeds and weights.
     """
 
-    def __init__(self, count: int, width: int, options: DriftOptions) -> None:
+    def __init__(self, width: int, options: DriftOptions) -> None:
+        count = 2
         self._options = options
         # Biases, and slopes minus 1, [2, M, K]; their weights.
         self._theta = np.zeros((2, count, width))
@@ -99,29 +100,33 @@ class DriftingMaps:
         # Information in faded outcomes: on the bias, on both, on the slope.
         self._info = np.zeros((3, count, width))
 
-    def logits(self, number: int, x: Floats) -> Floats:
-        """``[R, k]`` logits ``x`` through map ``number``, without offsets."""
-        bias, slope = self._theta[:, number, : x.shape[1]]
+    def logits(self, x: Floats) -> Floats:
+        """``[R, k]`` of confidences with logits ``x`` [R, k], without offsets."""
+        bias, slope = self._theta[:, CONFIDENCE, : x.shape[1]]
         mapped: Floats = x + (slope * x + bias)
         return mapped
+
+    def rates(self, width: int) -> Floats:
+        """``[k]`` logits of history's first ``width`` positions, less the prior's."""
+        return self._theta[0, HISTORY, :width]
 
     def learn(self, x: Floats, found: Evidence) -> None:
         """Take in one step's outcomes; a map without any stays as it is.
 
         Args:
-            x: ``[M, R, k]`` the logits behind the predictions.
-            found: of the same shape.
+            x: ``[R, k]`` the logits behind the predictions from confidences.
+            found: for both maps.
         """
-        k = x.shape[2]
+        k = x.shape[1]
         gained, pull = np.zeros_like(self._info), np.zeros_like(self._theta)
-        weighted = found.spread * x
         gained[0, :, :k] = _over_requests(found.spread)
-        gained[1, :, :k] = _over_requests(weighted)
-        gained[2, :, :k] = np.einsum("mrk,mrk->mk", weighted, x)
         pull[0, :, :k] = _over_requests(found.excess)
-        pull[1, :, :k] = np.einsum("mrk,mrk->mk", found.excess, x)
+        weighted = found.spread[CONFIDENCE] * x
+        gained[1, CONFIDENCE, :k] = _over_requests(weighted)
+        gained[2, CONFIDENCE, :k] = np.einsum("rk,rk->k", weighted, x)
+        pull[1, CONFIDENCE, :k] = np.einsum("rk,rk->k", found.excess[CONFIDENCE], x)
         options = self._options
-        rounds = found.reached[:, :, :1].sum(axis=1)
+        rounds = _over_requests(found.reached[:, :, :1])
         rate = np.minimum(1 / options.memory_steps, rounds / options.memory_outcomes)
         # Without outcomes the rate is 0: what was known last stays known.
         self._step(np.exp(-rate), gained, pull)
@@ -147,7 +152,7 @@ class DriftingMaps:
 
 def _over_requests(values: Floats) -> Floats:
     # A product with ones is several times faster than a sum over an outer axis.
-    total: Floats = np.ones(values.shape[1]) @ values
+    total: Floats = np.ones(values.shape[-2]) @ values
     return total
 
 

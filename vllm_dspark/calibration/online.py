@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.calibration.drift import (
+    CONFIDENCE,
+    HISTORY,
     DriftingMaps,
     DriftOptions,
     Offsets,
@@ -34,9 +36,6 @@ from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.rounds import Floats, Ints, survival
 from vllm_dspark.calibration.start import StartingMaps, sigmoid
 from vllm_dspark.calibration.window import CalibrationWindow
-
-# The two maps.
-_CONFIDENCE, _HISTORY = 0, 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ class Prediction:
         conditional: ``[R, k]`` calibrated c_1..c_k, whose product that is.
         logit: ``[R, k]`` of the confidences through the file's maps.
         usable: ``[R, k]`` bool, False where there was no usable confidence.
+        rows: ``[R]`` where the requests were kept,
+        epoch: until one was forgotten.
     """
 
     ids: tuple[Hashable, ...]
@@ -75,6 +76,8 @@ class Prediction:
     conditional: Floats
     logit: Floats
     usable: NDArray[np.bool_]
+    rows: Ints
+    epoch: int
 
 
 class OnlineSurvival:
@@ -100,11 +103,12 @@ class OnlineSurvival:
         drift, prior = self.options.drift, self.options.prior
         self.window = CalibrationWindow(width, self.options.window_steps)
         self._start_maps = StartingMaps(width, calibration)
-        self._maps = DriftingMaps(2, width, drift)
+        self._maps = DriftingMaps(width, drift)
         self._offsets = Offsets(2, drift)
         self._prior_logit = float(np.log(prior / (1 - prior)))
         self._rows: dict[Hashable, int] = {}
         self._free: list[int] = []
+        self._epoch = 0  # counts requests forgotten
         # By row, the file's setting; row 0 stands for requests that are gone.
         self._setting = np.zeros(1, dtype=np.int64)
 
@@ -136,7 +140,7 @@ class OnlineSurvival:
         if confidence is None:
             p = self._from_history(rows, self.width)
             nothing = np.zeros(p.shape, dtype=np.bool_)
-            return Prediction(tuple(ids), survival(p), p, np.zeros(p.shape), nothing)
+            return self._prediction(ids, p, np.zeros(p.shape), nothing, rows)
         if confidence.shape[0] != len(ids) or confidence.shape[1] > self.width:
             raise ValueError(
                 f"confidences of shape {confidence.shape} for {len(ids)} requests and "
@@ -148,10 +152,21 @@ class OnlineSurvival:
             usable = np.logical_and.accumulate(usable, axis=1)
             confidence = np.where(usable, confidence, 0.5)
         x = self._start_maps.logits(confidence, self._setting[rows])
-        p = self._mapped(_CONFIDENCE, x, rows)
+        p = sigmoid(self._maps.logits(x) + self._offsets.of(CONFIDENCE, rows))
         if not whole:
             p = np.where(usable, p, self._from_history(rows, p.shape[1]))
-        return Prediction(tuple(ids), survival(p), p, x, usable)
+        return self._prediction(ids, p, x, usable, rows)
+
+    def _prediction(
+        self,
+        ids: Sequence[Hashable],
+        p: Floats,
+        logit: Floats,
+        usable: NDArray[np.bool_],
+        rows: Ints,
+    ) -> Prediction:
+        epoch = self._epoch
+        return Prediction(tuple(ids), survival(p), p, logit, usable, rows, epoch)
 
     def history(self, ids: Sequence[Hashable], temperatures: Sequence[float]) -> Floats:
         """Survivals ``[R, γ]`` to expect of drafts not made yet, from history alone.
@@ -183,22 +198,22 @@ class OnlineSurvival:
         verified = position < num_drafts[:, None]
         hit = position < accepted[:, None]
         self.window.add(made.survival, verified, hit)
-        rows = self._known(made.ids)
-        if rows is None:  # some have ended since
+        rows = made.rows
+        if made.epoch != self._epoch:  # their rows may be others' by now
             rows = np.array([self._rows.get(i, 0) for i in made.ids], dtype=np.int64)
-        reached, outcome, predicted, x = np.empty((4, 2, len(rows), width))
+        reached, outcome, predicted = np.empty((3, 2, len(rows), width))
         known = verified & made.usable
         known[:, 1:] &= hit[:, :-1]
-        reached[_CONFIDENCE], outcome[_CONFIDENCE] = known, hit & known
-        predicted[_CONFIDENCE], x[_CONFIDENCE] = made.conditional, made.logit
+        reached[CONFIDENCE], outcome[CONFIDENCE] = known, hit & known
+        predicted[CONFIDENCE] = made.conditional
         # History: outcomes, and past the verified drafts what confidences promise.
-        promised = np.where(made.usable, made.conditional, 0.0)
+        promised = made.conditional * made.usable
         alive = np.cumprod(np.where(verified, hit, promised), axis=1)
-        reached[_HISTORY], outcome[_HISTORY] = verified | made.usable, alive
-        reached[_HISTORY, :, 1:] *= alive[:, :-1]
-        predicted[_HISTORY], x[_HISTORY] = self._from_history(rows, width), 0.0
+        reached[HISTORY], outcome[HISTORY] = verified | made.usable, alive
+        reached[HISTORY, :, 1:] *= alive[:, :-1]
+        predicted[HISTORY] = self._from_history(rows, width)
         found = evidence(reached, outcome, predicted)
-        self._maps.learn(x, found)
+        self._maps.learn(made.logit, found)
         self._offsets.learn(rows, found)
 
     def forget(self, ids: Iterable[Hashable]) -> None:
@@ -207,14 +222,11 @@ class OnlineSurvival:
             row = self._rows.pop(name, None)
             if row is not None:
                 self._free.append(row)
+                self._epoch += 1
 
     def _from_history(self, rows: Ints, width: int) -> Floats:
-        return self._mapped(_HISTORY, np.zeros((1, width)), rows, self._prior_logit)
-
-    def _mapped(self, number: int, x: Floats, rows: Ints, base: float = 0.0) -> Floats:
-        """Probabilities ``[R, k]`` of a map, for logits ``x`` [R or 1, k]."""
-        offsets = self._offsets.of(number, rows) + base
-        return sigmoid(self._maps.logits(number, x) + offsets)
+        rates = self._prior_logit + self._maps.rates(width)
+        return sigmoid(rates + self._offsets.of(HISTORY, rows))
 
     def _find(self, ids: Sequence[Hashable], temperatures: Sequence[float]) -> Ints:
         """Rows ``[R]`` of requests."""
@@ -223,20 +235,14 @@ class OnlineSurvival:
                 f"{len(ids)} requests but {len(temperatures)} temperatures: give one "
                 "for each"
             )
-        rows = self._known(ids)
-        if rows is None:
-            for name, temperature in zip(ids, temperatures, strict=True):
-                if name not in self._rows:
-                    self._rows[name] = self._start(temperature)
-            rows = np.array([self._rows[name] for name in ids], dtype=np.int64)
-        return rows
-
-    def _known(self, ids: Sequence[Hashable]) -> Ints | None:
-        """Rows ``[R]``, or None when one of the requests has none."""
+        known = self._rows
         try:
-            return np.array(list(map(self._rows.__getitem__, ids)), dtype=np.int64)
+            return np.array(list(map(known.__getitem__, ids)), dtype=np.int64)
         except KeyError:
-            return None
+            for name, temperature in zip(ids, temperatures, strict=True):
+                if name not in known:
+                    known[name] = self._start(temperature)
+            return np.array([known[name] for name in ids], dtype=np.int64)
 
     def _start(self, temperature: float) -> int:
         row = self._free.pop() if self._free else len(self._rows) + 1

@@ -152,20 +152,25 @@ def test_probe_intervals_double_up_to_the_limit() -> None:
     assert engine.drafting.probes == len(starts) > 10
 
 
-def test_every_probe_ends() -> None:
-    """Also when no outcome ever comes in, or always a little better ones."""
-    options = DraftingOptions(max_probe_steps=20)
-    for rising in (False, True):
-        drafting = Drafting(WIDTH, options)
-        run, longest, gap = 0, 0, 1.0
-        for _ in range(3000):
-            gap *= 0.99 if rising and run else 1.0
-            speeds = np.array([1.0] + [np.exp(-0.3 - gap)] * WIDTH)
-            choice = drafting.choose(StepFacts(speeds, 4, 4 if rising else 0, 0.5))
-            run = run + 1 if choice.reason is Reason.PROBE else 0
-            longest = max(longest, run)
-        assert drafting.probes > 3
-        assert longest <= 20
+@pytest.mark.parametrize(
+    ("closing", "rounds", "longest"),
+    [
+        (1.0, 4, 4),  # 16 rounds are enough to see that nothing has changed
+        (0.9, 4, 20),  # closing in on break-even it goes on, but not for ever
+        (1.0, 0, 20),  # outcomes that never come in are not waited for
+    ],
+)
+def test_every_probe_ends(closing: float, rounds: int, longest: int) -> None:
+    drafting = Drafting(WIDTH, DraftingOptions(max_probe_steps=20))
+    lengths, gap = [0], 0.3
+    for _ in range(2000):
+        gap = gap * closing if lengths[-1] else 0.3
+        speeds = np.array([1.0] + [np.exp(-gap)] * WIDTH)
+        choice = drafting.choose(StepFacts(speeds, 4, rounds, 0.5))
+        probing = choice.reason is Reason.PROBE
+        lengths.append(lengths[-1] + 1 if probing else 0)
+    assert drafting.probes >= 3
+    assert max(lengths) == longest
 
 
 def test_another_load_makes_an_early_probe() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from pathlib import Path
 
@@ -46,3 +47,11 @@ def text_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     target = make_tiny_target(folder / "target")
     make_tiny_tokenizer(target)
     return target, make_tiny_drafter(folder / "drafter", target)
+
+
+@pytest.fixture(autouse=True)
+def our_log() -> None:
+    """Engines of other tests leave vLLM's handlers and level on our logger."""
+    log = logging.getLogger("vllm_dspark")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)

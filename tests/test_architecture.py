@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "config": {"config_reader"},
     "_build_info": set(),
     "provenance": {"_build_info"},
+    "cache": set(),
     "ops": BASE | {"_build_info"},
     "model": BASE | {"ops"},
     "proposer": BASE | {"model", "ops"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "decode": BASE | {"model", "ops", "proposer", "verifier"},
     "train": BASE | {"calibration", "decode", "model", "ops", "provenance"},
     "calibration": BASE,
-    "schedule": BASE,
+    "schedule": BASE | {"calibration"},
     # plugin and integration are vLLM's side: they see everything. The command line
     # starts from there only to say what vLLM offers, and imports no vLLM itself.
     "cli": {"*"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "integration": {"*"},
 }
 NUMPY_ONLY = {"schedule"}  # beside the standard library: no torch in the scheduler
-STANDARD_LIBRARY_ONLY = BASE | {"__init__", "_build_info", "provenance"}
+STANDARD_LIBRARY_ONLY = BASE | {"__init__", "_build_info", "cache", "provenance"}
 
 
 def imported_modules(source: str) -> Iterator[str]:

@@ -113,6 +113,27 @@ def _choice(default: str, *choices: str) -> Any:
     return field(default=default, metadata={"check": check})
 
 
+def _number(default: float, low: float, high: float) -> Any:
+    """An option that is a number within limits."""
+
+    def check(value: Any) -> str | None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and low <= value <= high:
+            return None
+        return f"it must be a number from {low:g} to {high:g}"
+
+    return field(default=default, metadata={"check": check})
+
+
+def _flag(default: bool) -> Any:
+    """An option that is on or off."""
+
+    def check(value: Any) -> str | None:
+        return None if isinstance(value, bool) else "it must be true or false"
+
+    return field(default=default, metadata={"check": check})
+
+
 def _optional_path() -> Any:
     """An option that names a file, or None."""
 
@@ -135,10 +156,25 @@ class DSparkOptions:
             ``reference`` plain torch, ``auto`` the fastest one that is there.
         trace: file to which every decoding round is appended, one JSON line each
             (``integration/trace.py`` names the keys); None writes nothing.
+        policy: how many drafts are made and verified: ``adaptive`` by calibrated
+            confidence, load and what steps cost; ``fixed`` always all;
+            ``threshold`` those that survive with at least `threshold` (2.3).
+        threshold: a probability, for that policy.
+        bypass: whether ``adaptive`` may stop drafting where it does not pay.
+        slo_tps: tokens/s that each request shall get, which comes before throughput;
+            0 for no such goal. A request may name its own (``vllm_xargs``).
+        calibration: file instead of the drafter's ``dspark_calibration.json``.
+        cost_table: file instead of the one that is measured at start and cached.
     """
 
     backend: str = _choice("auto", "auto", "native", "reference")
     trace: str | None = _optional_path()
+    policy: str = _choice("adaptive", "adaptive", "fixed", "threshold")
+    threshold: float = _number(0.5, 0.0, 1.0)
+    bypass: bool = _flag(True)
+    slo_tps: float = _number(0.0, 0.0, 1e6)
+    calibration: str | None = _optional_path()
+    cost_table: str | None = _optional_path()
 
     def __post_init__(self) -> None:
         for spec in fields(self):

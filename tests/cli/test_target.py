@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 
+from vllm_dspark.cache import cache_root
 from vllm_dspark.cli import target
 
 
@@ -37,11 +38,11 @@ def test_cache_folder_order(monkeypatch, tmp_path):
     monkeypatch.delenv("VLLM_DSPARK_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert target.cache_root() == tmp_path / ".cache" / "vllm-dspark"
+    assert cache_root() == tmp_path / ".cache" / "vllm-dspark"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert target.cache_root() == tmp_path / "xdg" / "vllm-dspark"
+    assert cache_root() == tmp_path / "xdg" / "vllm-dspark"
     monkeypatch.setenv("VLLM_DSPARK_CACHE", "~/own")
-    assert target.cache_root() == tmp_path / "own"
+    assert cache_root() == tmp_path / "own"
 
 
 def test_prepared_once(cache, offline, monkeypatch):

@@ -116,6 +116,12 @@ def engine(
     if drafter is not None:
         config = {"method": "dspark", "model": str(drafter), **(spec or {})}
         settings["speculative_config"] = config
+        # Every draft verified, and no profiling at start, unless a test is about that.
+        ours = {
+            "policy": "fixed",
+            **(kwargs.get("additional_config") or {}).get("dspark", {}),
+        }
+        settings["additional_config"] = {"dspark": ours}
     llm = LLM(**settings)
     try:
         yield Engine(llm)

@@ -176,6 +176,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["backend", "cuda", "auto", "native", "reference"],
     ),
     "no object": ({"dspark": "native"}, ["'native'", "object"]),
+    "unknown policy": ({"dspark": {"policy": "fast"}}, ["fast", "adaptive", "fixed"]),
+    "no probability": ({"dspark": {"threshold": 2}}, ["threshold", "2", "from 0 to 1"]),
+    "no flag": ({"dspark": {"bypass": 1}}, ["bypass", "1", "true or false"]),
+    "no goal": ({"dspark": {"slo_tps": -3}}, ["slo_tps", "-3"]),
+    "no table": ({"dspark": {"cost_table": "/nowhere"}}, ["cost_table", "/nowhere"]),
+    "no file": ({"dspark": {"calibration": "/nowhere"}}, ["calibration", "/nowhere"]),
 }
 
 
@@ -185,6 +191,16 @@ def test_additional_config(name: str, tiny_target: Path, tiny_drafter: Path) -> 
     with pytest.raises(ValueError) as error:
         create(tiny_target, tiny_drafter, additional_config=extra)
     assert [w for w in words if w not in str(error.value)] == [], str(error.value)
+
+
+def test_adaptive_verification_needs_no_cuda_graphs_here(
+    tiny_target: Path, tiny_drafter: Path
+) -> None:
+    spec = {"enable_adaptive_verification": True}
+    create(tiny_target, tiny_drafter, spec)
+    extra = {"dspark": {"policy": "fixed"}}
+    with pytest.raises(ValueError, match=r"enable_adaptive_verification.*'fixed'"):
+        create(tiny_target, tiny_drafter, spec, additional_config=extra)
 
 
 SPEC: dict[str, tuple[dict[str, Any], list[str]]] = {

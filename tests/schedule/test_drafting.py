@@ -31,7 +31,9 @@ def test_follows_a_jump_within_50_steps() -> None:
     down = engine.run([1] * 400)
     # Steady: no drafts but probes, at 64; the best length, at 1.
     assert engine.best(64) == 0 and engine.loss(64, up[50:]) < 0.01
-    assert down[50:] == [down[-1]] * 350
+    # Now and then all positions are drafted, to learn about the last ones.
+    others = [n for n in down[50:] if n != down[-1]]
+    assert len(others) < 0.03 * 350 and set(others) <= {WIDTH}
     assert engine.loss(1, down[50:]) < 0.01
     # In fact at once, as the predictions are of the load at hand.
     assert up[0] == 0 and down[0] == down[-1]

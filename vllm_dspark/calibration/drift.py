@@ -131,6 +131,10 @@ class DriftingMaps:
         # Without outcomes the rate is 0: what was known last stays known.
         self._step(np.exp(-rate), gained, pull)
 
+    def age(self) -> None:
+        """A step without drafts: what is known stays, but gives way sooner."""
+        self._info *= np.exp(-1 / self._options.memory_steps)
+
     def _step(self, fade: Floats, gained: Floats, pull: Floats) -> None:
         """Newton step from faded evidence, what is common, and the new outcomes."""
         # Evidence decides how much a position says about what is common.
@@ -183,6 +187,10 @@ class Offsets:
             self._value = np.concatenate([self._value, more], axis=1)
             self._info = np.concatenate([self._info, more], axis=1)
         self._value[:, row] = self._info[:, row] = 0.0
+
+    def age(self) -> None:
+        """See `DriftingMaps.age`."""
+        self._info *= self._fade
 
     def learn(self, rows: Ints, found: Evidence) -> None:
         """Take in one step's outcomes of rows ``[R]``, each there once (or row 0)."""

@@ -216,6 +216,15 @@ class OnlineSurvival:
         self._maps.learn(made.logit, found)
         self._offsets.learn(rows, found)
 
+    def rest(self) -> None:
+        """A step without drafts (bypass) has gone by.
+
+        Estimates stay, their evidence fades: after a long bypass a short probe must be
+        able to convince.
+        """
+        self._maps.age()
+        self._offsets.age()
+
     def forget(self, ids: Iterable[Hashable]) -> None:
         """Drop requests that have ended; unknown ones are fine."""
         for name in ids:

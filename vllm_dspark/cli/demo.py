@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from vllm_dspark import provenance
+from vllm_dspark.cache import cache_root
 from vllm_dspark.cli import display, distribution, near_tie, report, target
 from vllm_dspark.cli.arms import Arm, run_arm
 from vllm_dspark.cli.server import Server, speculative_arguments
@@ -162,7 +163,7 @@ def _server(
             *([] if arguments.compile else ["--enforce-eager"]),
             *speculative_arguments(config),
         ],
-        log=target.cache_root() / "logs" / f"serve-{name}.log",
+        log=cache_root() / "logs" / f"serve-{name}.log",
         environment=SERVER_ENVIRONMENT,
         port=arguments.port,
     )

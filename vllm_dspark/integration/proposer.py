@@ -73,6 +73,7 @@ class DSparkProposer(DFlashProposer):
         self.drafter = checkpoint.load_config(self.folder)
         self.last_backend = "none"
         self.nonfinite_drafts = 0
+        self.muted = False  # while target steps are timed alone
         # Positions the drafter's rotary table covers.
         self.max_position = min(
             self.max_model_len,
@@ -90,6 +91,10 @@ class DSparkProposer(DFlashProposer):
             self._create_draft_vllm_config(), self.folder, target_model, self.device
         )
         self._draft_attn_layer_names = self._attention_layers() - before
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        if not self.muted:
+            super().dummy_run(*args, **kwargs)
 
     def _attention_layers(self) -> set[str]:
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)

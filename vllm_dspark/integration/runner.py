@@ -6,6 +6,8 @@ with drafts or seeds, and what is handed to the scheduler's process.
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +32,8 @@ from vllm_dspark.integration import thinking, uniforms
 from vllm_dspark.integration.config import options
 from vllm_dspark.integration.pending import Drafted, PendingDrafts
 from vllm_dspark.integration.proposer import DSparkProposer, StepTokens
+from vllm_dspark.integration.report import DSparkDraftTokenIds, take_skip
 from vllm_dspark.integration.sampler import DSparkRejectionSampler, RequestKeys
-from vllm_dspark.integration.scheduler import DSparkDraftTokenIds
 from vllm_dspark.integration.trace import Trace
 
 _PROCESSORS = (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
@@ -55,6 +57,7 @@ class DSparkRunnerMixin:
         self._drafted: Drafted | None = None
         self._drafted_req_ids: list[str] = []
         self._pending = PendingDrafts()
+        self._draft_times = (0.0, 0)
         self._trace: Trace | None = None
         if chosen.trace is not None and get_tensor_model_parallel_rank() == 0:
             self._trace = Trace(chosen.trace)
@@ -155,10 +158,15 @@ class DSparkRunnerMixin:
         assert aux_hidden_states is not None
         n = scheduler_output.total_num_scheduled_tokens
         num_drafts = scheduler_output.num_spec_tokens_to_schedule
+        start = time.perf_counter()
+        tokens = self._step_tokens(
+            sampled_token_ids, common_attn_metadata, spec_decode_metadata
+        )
+        if skip := take_skip(scheduler_output):
+            wanted = [r not in skip for r in self.input_batch.req_ids]
+            tokens = replace(tokens, drafting=tokens.drafting & np.array(wanted))
         self._drafted = self.drafter.step(
-            self._step_tokens(
-                sampled_token_ids, common_attn_metadata, spec_decode_metadata
-            ),
+            tokens,
             [h[:n] for h in aux_hidden_states],
             self._get_positions(n),
             common_attn_metadata,
@@ -167,6 +175,8 @@ class DSparkRunnerMixin:
             num_drafts,
         )
         self._drafted_req_ids = self.input_batch.req_ids.copy()
+        seconds = time.perf_counter() - start
+        self._draft_times = (seconds, len(self._drafted_req_ids))
         # ``requests``, not the step's finished ids: the last ones come in a step
         # without tokens, which never gets here.
         self._pending.update(self._drafted_req_ids, self._drafted, self.requests)
@@ -214,6 +224,11 @@ class DSparkRunnerMixin:
         self, scheduler_output: Any, zeros_only: bool = False
     ) -> None:
         """Nothing: ``take_draft_token_ids`` reads the drafts themselves."""
+
+    def take_draft_times(self) -> tuple[float, int]:
+        """Seconds of the drafting just done and its requests; zeros if none was."""
+        times, self._draft_times = self._draft_times, (0.0, 0)
+        return times
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         drafted, req_ids = self._drafted, self._drafted_req_ids

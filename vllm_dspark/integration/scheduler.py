@@ -1,12 +1,15 @@
-"""The scheduler's side: confidences arrive with the drafts and are kept per request.
+"""The scheduler's side: trims drafts when a step is built, and says how many to draft.
 
-Verification is still of fixed length here; trimming it by these confidences is what
-the table is kept for.
+Confidences arrive with the drafts, times with the outputs (`report`). Everything is
+decided by `schedule.controller`; here it is told what vLLM is about to do, and vLLM is
+told what it decided, before blocks and budgets are given out: what trimming frees is
+there for others in the same step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,46 +17,160 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_dspark.calibration.online import Prediction
+from vllm_dspark.integration.build import build_controller
+from vllm_dspark.integration.report import StepReport, give_skip, take_report
+from vllm_dspark.integration.say import Sayer
+from vllm_dspark.schedule.facts import Batch
+
+PADDING = -1  # vLLM's placeholder among drafts
 
 
-@dataclass
-class DSparkDraftTokenIds(DraftTokenIds):
-    """Drafts with their confidences; pickled from the worker to the scheduler.
+@dataclass(frozen=True)
+class _Planned:
+    """A step that was built: what was predicted for it, and what it reads."""
 
-    Shape: confidences [num_reqs, K] float32 (rows as ``req_ids``), or None without a
-    confidence head.
-    """
-
-    confidences: np.ndarray | None = field(default=None)
-
-
-def give_drafts(output: ModelRunnerOutput, drafts: DraftTokenIds | None) -> None:
-    """Let the drafts of a step travel with its output (see ``executor``)."""
-    output.dspark_drafts = drafts  # type: ignore[attr-defined]
-
-
-def take_drafts(output: ModelRunnerOutput) -> DraftTokenIds | None:
-    """The drafts that travelled with an output, if any did."""
-    drafts: DraftTokenIds | None = getattr(output, "dspark_drafts", None)
-    return drafts
+    ids: tuple[str, ...]
+    made: Prediction | None
+    context_tokens: int
+    positions: int
 
 
 class DSparkScheduler(Scheduler):
-    """vLLM's synchronous scheduler plus the confidences of the drafts in flight."""
+    """vLLM's synchronous scheduler with the controller in front."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # c_1..c_K of the drafts a request will verify next, by request id.
         self.draft_confidences: dict[str, np.ndarray] = {}
+        self.controller = build_controller(self.vllm_config, self.num_spec_tokens)
+        self._sayer = Sayer(self.controller)
+        self._slo = self.controller.policy.slo_tps
+        self._planned: _Planned | None = None
+        self._started: float | None = None  # of the step before, if it was busy since
+        self._worked = 0.0  # seconds of the worker in it
+        self._cost_file: Any = None
+
+    # ---- before a step ----
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        now = time.perf_counter()
+        overhead = None if self._started is None else now - self._started - self._worked
+        self._overhead, self._started = overhead, now
+        requests = [r for r in self.running if _decodes(r)]
+        batch = self._batch(requests)
+        choice = self.controller.draft(batch)
+        plan, made = self.controller.verify(batch, choice.positions)
+        for request, length in zip(requests, plan.verify_lens.tolist(), strict=True):
+            if length < len(request.spec_token_ids):
+                request.spec_token_ids = request.spec_token_ids[:length]
+        output = super().schedule(*args, **kwargs)
+        output.num_spec_tokens_to_schedule = choice.positions
+        give_skip(output, choice.skip)
+        self._planned = _Planned(
+            batch.ids, made, batch.context_tokens, choice.positions
+        )
+        return output
+
+    def _batch(self, requests: list[Request]) -> Batch:
+        num_drafts = np.array([len(r.spec_token_ids) for r in requests], dtype=np.int64)
+        width = int(num_drafts.max(initial=0))
+        rows = [self.draft_confidences.get(r.request_id) for r in requests]
+        confidence = None
+        if width and any(row is not None for row in rows):
+            confidence = np.full((len(requests), width), np.nan)
+            for i, row in enumerate(rows):
+                if row is not None:
+                    confidence[i, : len(row[:width])] = row[:width]
+        return Batch(
+            tuple(r.request_id for r in requests),
+            tuple(_temperature(r) for r in requests),
+            num_drafts,
+            confidence,
+            self._prefill_tokens(len(requests)),
+            sum(r.num_computed_tokens for r in requests),
+            np.array([self._goal(r) for r in requests], dtype=np.float64),
+        )
+
+    def _prefill_tokens(self, decoding: int) -> int:
+        """Prompt tokens that the step will hold, as far as its budget goes."""
+        wanted = sum(
+            r.num_tokens - r.num_computed_tokens
+            for r in self.running
+            if not _decodes(r)
+        )
+        places = self.max_num_running_reqs - len(self.running)
+        for request in self.waiting:
+            if places <= 0:
+                break
+            wanted += request.num_tokens - request.num_computed_tokens
+            places -= 1
+        return max(0, min(wanted, self.max_num_scheduled_tokens - decoding))
+
+    def _goal(self, request: Request) -> float:
+        params = request.sampling_params
+        extra = params.extra_args if params is not None else None
+        value = (extra or {}).get("slo_tps", self._slo)
+        good = isinstance(value, int | float) and 0 <= value < float("inf")
+        return float(value) if good else self._slo
+
+    # ---- after a step ----
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        report = take_report(model_runner_output)
+        self._observe(scheduler_output, model_runner_output)
+        if report is not None:
+            self._learn_times(scheduler_output, report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        drafts = take_drafts(model_runner_output)
-        if drafts is not None:
-            self.update_draft_token_ids(drafts)
+        if report is not None and report.drafts is not None:
+            self.update_draft_token_ids(report.drafts)
+        if not self.has_unfinished_requests():
+            self._started = None  # what follows is waiting, not work
+        self._sayer.say()
         return outputs
+
+    def _observe(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        planned = self._planned
+        if planned is None or planned.made is None:
+            return
+        verified = np.zeros(len(planned.ids), dtype=np.int64)
+        accepted, emitting = np.zeros_like(verified), np.zeros_like(verified)
+        for i, req_id in enumerate(planned.ids):
+            row = output.req_id_to_index.get(req_id)
+            drafts = step.scheduled_spec_decode_tokens.get(req_id, ())
+            if row is None or not output.sampled_token_ids:
+                continue
+            emitted = len(output.sampled_token_ids[row])
+            verified[i] = sum(token != PADDING for token in drafts) if emitted else 0
+            accepted[i] = min(max(emitted - 1, 0), verified[i])
+            emitting[i] = emitted > 0
+        verified = np.minimum(verified, planned.made.survival.shape[1])
+        accepted = np.minimum(accepted, verified)
+        self.controller.observe(planned.made, verified, accepted, emitting)
+
+    def _learn_times(self, step: SchedulerOutput, report: StepReport) -> None:
+        if report.cost is not None:
+            self._cost_file = report.cost
+            self.controller.price(report.cost.table)
+        planned, tokens = self._planned, step.total_num_scheduled_tokens
+        self._worked = report.target_seconds + report.draft_seconds
+        if planned is None or not tokens:
+            return
+        drafted = None
+        if report.draft_requests:
+            seconds = report.draft_seconds
+            drafted = (report.draft_requests, planned.positions, seconds)
+        self.controller.timed(
+            tokens,
+            planned.context_tokens,
+            report.target_seconds,
+            drafted,
+            self._overhead,
+        )
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         super().update_draft_token_ids(draft_token_ids)
@@ -66,3 +183,17 @@ class DSparkScheduler(Scheduler):
             if request is not None and request.spec_token_ids:
                 # Structured output may have cut the drafts; the prefix stays valid.
                 self.draft_confidences[req_id] = row[: len(request.spec_token_ids)]
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.controller.forget([request.request_id])
+        return super()._free_request(request, *args, **kwargs)
+
+
+def _decodes(request: Request) -> bool:
+    """Whether all that is known of it but the last token is in the K/V cache."""
+    return int(request.num_tokens - request.num_computed_tokens) == 1
+
+
+def _temperature(request: Request) -> float:
+    params = request.sampling_params
+    return 0.0 if params is None else float(params.temperature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -12,11 +12,15 @@ import vllm.v1.worker.cpu_worker as cpu_worker
 import vllm.v1.worker.gpu_model_runner as gpu_model_runner
 import vllm.v1.worker.gpu_worker as gpu_worker
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_dspark.integration.config import EXECUTOR_CLS, options
+from vllm_dspark.integration.profiling import cost_of
+from vllm_dspark.integration.report import StepReport, give_report
 from vllm_dspark.integration.runner import DSparkCPUModelRunner, DSparkGPUModelRunner
-from vllm_dspark.integration.scheduler import give_drafts
+from vllm_dspark.integration.say import log_like_vllm
 from vllm_dspark.ops import extension_native
+from vllm_dspark.schedule.cost_file import CostFile
 
 
 @contextmanager
@@ -34,14 +38,6 @@ def _swapped(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _log_like_vllm() -> None:
-    """Our log lines go where vLLM's go; otherwise those of level INFO go nowhere."""
-    ours, theirs = logging.getLogger("vllm_dspark"), logging.getLogger("vllm")
-    if not ours.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
-
-
 def _require_kernels(backend: str) -> None:
     """RuntimeError now for a stale or missing build, not with the first request."""
     if backend == "native":
@@ -50,11 +46,51 @@ def _require_kernels(backend: str) -> None:
         extension_native.load()
 
 
-class DSparkCPUWorker(cpu_worker.CPUWorker):
+class _ReportingWorker:
+    """What both workers add: the cost table, and a report with every output."""
+
+    _one_message = False
+    _cost: CostFile | None = None
+    _seconds = 0.0  # of the step under way
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM does; then what steps cost, if lengths will be chosen by it."""
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if options(self.vllm_config).policy == "adaptive":  # type: ignore[attr-defined]
+            self._cost = cost_of(self.model_runner)  # type: ignore[attr-defined]
+        return times
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run the model; sample and draft at once unless a grammar comes first."""
+        start = time.perf_counter()
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        self._seconds = time.perf_counter() - start
+        grammar = scheduler_output.has_structured_output_requests
+        if output is None and self._one_message and not grammar:
+            return self.sample_tokens(None)
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample and draft; a report leaves with the output."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        start = time.perf_counter()
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        self._seconds += time.perf_counter() - start
+        if isinstance(output, ModelRunnerOutput):
+            seconds, requests = runner.take_draft_times()
+            drafts = runner.take_draft_token_ids() if self._one_message else None
+            target = self._seconds - seconds
+            report = StepReport(drafts, target, seconds, requests, self._cost)
+            give_report(output, report)
+            self._cost = None
+        return output
+
+
+class DSparkCPUWorker(_ReportingWorker, cpu_worker.CPUWorker):
     """CPU worker with DSpark on the V1 runner."""
 
     def init_device(self) -> None:
-        _log_like_vllm()
+        log_like_vllm()
         _require_kernels(options(self.vllm_config).backend)
         with _swapped(cpu_worker, "CPUModelRunner", DSparkCPUModelRunner):
             super().init_device()
@@ -62,26 +98,11 @@ class DSparkCPUWorker(cpu_worker.CPUWorker):
         # Otherwise the executor asks for the drafts, and for each part of a step.
         self._one_message = backend == EXECUTOR_CLS
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Run the model; sample and draft at once unless a grammar comes first."""
-        output = super().execute_model(scheduler_output)
-        grammar = scheduler_output.has_structured_output_requests
-        if output is None and self._one_message and not grammar:
-            return self.sample_tokens(None)
-        return output
 
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample and draft; the drafts leave with the output."""
-        output = super().sample_tokens(grammar_output)
-        if self._one_message and output is not None:
-            give_drafts(output, self.model_runner.take_draft_token_ids())
-        return output
-
-
-class DSparkGPUWorker(gpu_worker.Worker):
+class DSparkGPUWorker(_ReportingWorker, gpu_worker.Worker):
     """GPU worker with DSpark on the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0)."""
 
     def init_device(self) -> None:
-        _log_like_vllm()
+        log_like_vllm()
         with _swapped(gpu_model_runner, "GPUModelRunner", DSparkGPUModelRunner):
             super().init_device()

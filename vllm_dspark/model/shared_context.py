@@ -70,7 +70,8 @@ class _SharedContext(torch.autograd.Function):
         )
         inputs = (query, key, value, own_key, own_value, see)
         ctx.save_for_backward(*inputs, out, whole, weights)
-        return out.permute(1, 3, 0, 2, 4).contiguous()
+        whole_out: Tensor = out.permute(1, 3, 0, 2, 4).contiguous()
+        return whole_out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -97,6 +97,7 @@ class Drafting:
         self._hold = self.options.hold
         self._probes = Probes(self.options)
         self._probe_length = 1
+        self._short = 0  # steps of drafting less than γ
 
     @property
     def probes(self) -> int:
@@ -141,7 +142,21 @@ class Drafting:
             self._probe_length = 1 + int(np.argmax(self._gain[1:]))
             self._probes.start(float(gain[1:].max()))
             return DraftingChoice(self._probe_length, Reason.PROBE)
+        if self._explores():
+            return DraftingChoice(self.width, Reason.PROBE)
         return DraftingChoice(self._length, self._reason(facts, best))
+
+    def _explores(self) -> bool:
+        """Whether this step drafts all positions, to learn about the last ones.
+
+        What is not drafted has no confidence and no outcome: a length that was right
+        once would stay.
+        """
+        options = self.options
+        self._short = self._short + 1 if 0 < self._length < self.width else 0
+        if self._short >= options.explore_interval + options.explore_steps:
+            self._short = 0
+        return self._short >= options.explore_interval
 
     def _gains(self, throughput: Floats) -> Floats:
         positive = np.isfinite(throughput).all() and (throughput > 0).all()

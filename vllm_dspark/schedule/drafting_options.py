@@ -26,6 +26,9 @@ class DraftingOptions:
         max_probe_interval: what that grows to, doubling with every probe in vain.
         probe_rounds: rounds that a probe collects before it is judged.
         max_probe_steps: steps that a probe lasts at most.
+        explore_interval: steps of drafting less than γ after which all γ positions
+            are drafted, to learn about those that are left out,
+        explore_steps: for so many steps.
         encouraging: share of the distance to break-even that a probe must close to
             be continued.
         low_acceptance: acceptance of first drafts below which a bypass is put down to
@@ -48,6 +51,8 @@ class DraftingOptions:
     max_probe_interval: int = 1024
     probe_rounds: int = 16
     max_probe_steps: int = 64
+    explore_interval: int = 96
+    explore_steps: int = 2
     encouraging: float = 0.25
     low_acceptance: float = 0.3
     request_rounds: int = 24

@@ -131,7 +131,7 @@ class _BlockLoss(torch.autograd.Function):
             torch.mm(logits, table, out=d_inputs[rows])
             if d_w2 is not None and latent is not None:
                 d_w2 += logits.T @ latent[rows]
-        d_hidden, d_latent = d_inputs.split([d, inputs.shape[1] - d], dim=1)
+        d_hidden, d_latent = d_inputs[:, :d], d_inputs[:, d:]
         ctx.save_for_backward(d_hidden, None if latent is None else d_latent, d_w2)
         loss = (row_weights * (factors[0] * ce + factors[1] * distance)).sum()
         ctx.mark_non_differentiable(ce, distance)

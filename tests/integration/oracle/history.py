@@ -148,23 +148,32 @@ class Oracle:
             if every_round:
                 assert [b.anchor_position for b in blocks] == rounds(text, blocks)
             self._check_features(tally, record, text, features)
-            if not blocks:
-                continue
-            expected = self.recompute(text.tokens, blocks, features)
-            tally.blocks += len(blocks)
-            tally.add(
-                "hidden", torch.stack([b.hidden for b in blocks]), expected.hidden
-            )
-            tally.add("base", torch.stack([b.base for b in blocks]), expected.base)
-            if greedy:
-                drafts = self.greedy_drafts(expected.logits)
-                assert [b.drafts for b in blocks] == drafts
-            if expected.confidence is not None:
-                confidence = torch.stack([b.confidence for b in blocks])
-                tally.add("confidence", confidence, expected.confidence)
-            else:
-                assert all(b.confidence is None for b in blocks)
+            for k in {len(b.drafts) for b in blocks}:
+                alike = [b for b in blocks if len(b.drafts) == k]
+                self._check_blocks(tally, text, alike, features, greedy)
         return tally
+
+    def _check_blocks(
+        self,
+        tally: Tally,
+        text: Text,
+        blocks: Sequence[Block],
+        features: Tensor,
+        greedy: bool,
+    ) -> None:
+        """Blocks of one length."""
+        expected = self.recompute(text.tokens, blocks, features)
+        tally.blocks += len(blocks)
+        tally.add("hidden", torch.stack([b.hidden for b in blocks]), expected.hidden)
+        tally.add("base", torch.stack([b.base for b in blocks]), expected.base)
+        if greedy:
+            drafts = self.greedy_drafts(expected.logits)
+            assert [b.drafts for b in blocks] == drafts
+        if expected.confidence is not None:
+            confidence = torch.stack([b.confidence for b in blocks])
+            tally.add("confidence", confidence, expected.confidence)
+        else:
+            assert all(b.confidence is None for b in blocks)
 
     def _check_features(
         self, tally: Tally, record: Recording, text: Text, features: Tensor

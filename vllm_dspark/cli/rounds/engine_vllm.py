@@ -21,8 +21,9 @@ from typing import Any
 
 from rich.console import Console
 
+from vllm_dspark.cache import cache_root
 from vllm_dspark.calibration.rounds import PromptRounds
-from vllm_dspark.cli import display, target
+from vllm_dspark.cli import display
 from vllm_dspark.cli.rounds.prompts import Prompt
 from vllm_dspark.cli.rounds.settings import Decoding, Drafting
 from vllm_dspark.cli.server import Server, speculative_arguments
@@ -50,7 +51,8 @@ def serving(
     room = longest + decoding.max_tokens + width + 1
     extra = ["--max-model-len", str(room), "--max-num-seqs", str(decoding.concurrency)]
     if trace is not None:
-        options = {"dspark": {"trace": str(trace)}}
+        # All drafts of all rounds: what is judged is the drafter.
+        options = {"dspark": {"trace": str(trace), "policy": "fixed"}}
         extra += ["--additional-config", json.dumps(options)]
     environment = dict(SERVER_ENVIRONMENT)
     if not os.path.isdir(decoding.target):
@@ -63,7 +65,7 @@ def serving(
             *["--enforce-eager", "--no-enable-prefix-caching", *extra],
             *speculative_arguments(drafting.speculative_config()),
         ],
-        log=target.cache_root() / "logs" / f"rounds-{os.getpid()}.log",
+        log=cache_root() / "logs" / f"rounds-{os.getpid()}.log",
         environment=environment,
     )
     with server:

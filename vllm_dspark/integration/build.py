@@ -1,0 +1,46 @@
+"""The controller that a configuration asks for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm_dspark.calibration import file as calibration_file
+from vllm_dspark.calibration.file import Calibration
+from vllm_dspark.integration.config import drafter_folder, options
+from vllm_dspark.integration.say import log_like_vllm
+from vllm_dspark.model.checkpoint import weights_hash
+from vllm_dspark.schedule.controller import Controller
+from vllm_dspark.schedule.facts import Policy
+
+logger = logging.getLogger("vllm_dspark")
+
+
+def build_controller(vllm_config: Any, width: int) -> Controller:
+    """For an engine that drafts ``width`` tokens at most."""
+    log_like_vllm()  # the scheduler's process may be another than the worker's
+    chosen = options(vllm_config)
+    policy = Policy(chosen.policy, chosen.threshold, chosen.bypass, chosen.slo_tps)
+    folder = Path(drafter_folder(vllm_config.speculative_config))
+    calibration = load_calibration(folder, chosen.calibration)
+    try:
+        return Controller(width, policy, calibration)
+    except ValueError as error:  # it covers fewer positions
+        logger.warning("DSpark: the calibration is ignored: %s", error)
+        return Controller(width, policy)
+
+
+def load_calibration(folder: Path, named: str | None) -> Calibration | None:
+    """The calibration that is named, or the drafter's own; a bad one is left out.
+
+    A server does not die of it: confidences are then corrected from outcomes alone.
+    """
+    path = Path(named) if named else folder / calibration_file.NAME
+    if not path.is_file() and not named:
+        return None
+    try:
+        return calibration_file.read(path, weights_hash(folder))
+    except ValueError as error:
+        logger.warning("DSpark: the calibration is ignored: %s", error)
+        return None

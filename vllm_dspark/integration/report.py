@@ -1,0 +1,66 @@
+"""What scheduler and worker tell each other beside what vLLM does.
+
+It travels with a step and with its output, so that it needs no message of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vllm.v1.outputs import DraftTokenIds
+
+from vllm_dspark.schedule.cost_file import CostFile
+
+
+@dataclass
+class DSparkDraftTokenIds(DraftTokenIds):
+    """Drafts with their confidences; pickled from the worker to the scheduler.
+
+    Shape: confidences [num_reqs, K] float32 (rows as ``req_ids``), or None without a
+    confidence head.
+    """
+
+    confidences: np.ndarray | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of the worker.
+
+    Args:
+        drafts: for the next step, where the executor does not ask for them.
+        target_seconds: of the step, drafting not included.
+        draft_seconds: of drafting and of the context K/V.
+        draft_requests: requests that drafting was for, 0 if there was none.
+        cost: what steps cost, once, with the first step.
+    """
+
+    drafts: DraftTokenIds | None
+    target_seconds: float
+    draft_seconds: float
+    draft_requests: int
+    cost: CostFile | None = None
+
+
+def give_report(output: Any, report: StepReport) -> None:
+    """Let a report travel with the output of its step."""
+    output.dspark_report = report
+
+
+def take_report(output: Any) -> StepReport | None:
+    """The report that travelled with an output, if any did."""
+    report: StepReport | None = getattr(output, "dspark_report", None)
+    return report
+
+
+def give_skip(step: Any, requests: frozenset[str]) -> None:
+    """Tell the worker, with the step, which requests get no drafts."""
+    step.dspark_skip = requests
+
+
+def take_skip(step: Any) -> frozenset[str]:
+    """The requests that get no drafts."""
+    skip: frozenset[str] = getattr(step, "dspark_skip", frozenset())
+    return skip

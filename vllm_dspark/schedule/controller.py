@@ -1,0 +1,235 @@
+"""What each step verifies and drafts: the one part of scheduling that has a state.
+
+Per step: `draft` chooses how many positions will be drafted at its end, from history
+alone; `verify` trims the drafts that are there, by calibrated survival and what the
+step costs; `observe` learns from the outcome. The parts decide (`planner`, `drafting`),
+estimate (`calibration.online`) and measure (`correction`); here they are put together.
+
+Lossless: see `planner`. Nothing learned from a round's drafts enters a decision about
+that same round, except their own confidences through `planner.plan`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from vllm_dspark.calibration.file import Calibration
+from vllm_dspark.calibration.online import OnlineSurvival, Prediction
+from vllm_dspark.schedule import planner
+from vllm_dspark.schedule.correction import LiveCost
+from vllm_dspark.schedule.cost import CostTable
+from vllm_dspark.schedule.draft_length import best_draft_length
+from vllm_dspark.schedule.drafting import Drafting, DraftingChoice, Reason, StepFacts
+from vllm_dspark.schedule.drafting_options import DraftingOptions
+from vllm_dspark.schedule.facts import Batch, DraftPlan, Policy, Totals
+from vllm_dspark.schedule.request_gate import RequestGate
+from vllm_dspark.schedule.step import Floats, Ints, StepCost, VerifyPlan, VerifyStep
+
+# Steps whose time outside the worker is remembered: its median is robust to pauses.
+_OVERHEAD_STEPS = 64
+
+
+class Controller:
+    """One per engine, in the process of its scheduler.
+
+    Args:
+        width: γ, the most positions that are drafted.
+        policy: how to choose.
+        calibration: where confidences start from; None: raw.
+        drafting: settings of the draft length.
+
+    Until `price` is called there is no idea of costs, and everything is verified.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        policy: Policy | None = None,
+        calibration: Calibration | None = None,
+        drafting: DraftingOptions | None = None,
+    ) -> None:
+        self.width = width
+        self.policy = policy or Policy()
+        self.survival = OnlineSurvival(width, calibration)
+        options = drafting or DraftingOptions(bypass=self.policy.bypass)
+        self.drafting = Drafting(width, options)
+        self.gate = RequestGate(options)
+        self.totals = Totals()
+        self.live: LiveCost | None = None
+        self.overhead = 0.0  # seconds of a step outside the worker
+        self._overheads: deque[float] = deque(maxlen=_OVERHEAD_STEPS)
+        self._rounds_seen = 0
+        self._choice = DraftingChoice(width, Reason.NO_HISTORY)
+
+    def price(self, table: CostTable) -> None:
+        """Take a cost table, and follow it live from now on."""
+        self.live = LiveCost(table)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether lengths are being chosen by cost."""
+        return self.policy.policy == "adaptive" and self.live is not None
+
+    # ---- before a step ----
+
+    def draft(self, batch: Batch) -> DraftPlan:
+        """What to draft at the end of the step; uses no draft of it."""
+        if not self.adapts or not batch.ids:
+            return DraftPlan(self.width, Reason.PAYS)
+        history = self.survival.history(batch.ids, batch.temperatures)
+        allowed = None
+        cost, draft_cost = self._costs(batch)
+        predicted = best_draft_length(
+            history, len(batch.ids), batch.base_tokens, cost, draft_cost
+        )
+        if (goal := float(batch.slo_tps.max(initial=0.0))) > 0:
+            allowed = predicted.throughput / len(batch.ids) >= goal
+        self._choice = self.drafting.choose(
+            StepFacts(
+                predicted.throughput,
+                len(batch.ids),
+                self._rounds_seen,
+                float(history[:, 0].mean()),
+                allowed,
+            )
+        )
+        self._rounds_seen = 0
+        positions, skip = self._choice.positions, frozenset[str]()
+        if positions:
+            admitted = self.gate.admit(batch.ids)
+            if not admitted.all():
+                rows = np.flatnonzero(~admitted)
+                skip = frozenset(batch.ids[r] for r in rows)
+        return DraftPlan(positions, self._choice.reason, skip)
+
+    def verify(
+        self, batch: Batch, positions: int
+    ) -> tuple[VerifyPlan, Prediction | None]:
+        """Verify lengths ``[R]`` of the step, and what they were chosen by.
+
+        Args:
+            batch: the step.
+            positions: drafted at its end, which its round pays for as well.
+        """
+        made = None
+        survival: Floats = np.zeros((len(batch.ids), 0))
+        if batch.num_drafts.any():
+            made = self.survival.apply(batch.ids, batch.temperatures, batch.confidence)
+            survival = made.survival
+        elif batch.ids:
+            self.survival.rest()
+        num_drafts = np.minimum(batch.num_drafts, survival.shape[1])
+        cost: StepCost = _free
+        extra = 0.0
+        if self.live is not None:
+            cost, draft_cost = self._costs(batch)
+            drafting = draft_cost(len(batch.ids), np.array([positions]))
+            # The step's own fixed part is in `cost`; drafting is decided already.
+            extra = float(drafting[0])
+        step = VerifyStep(
+            survival,
+            batch.base_tokens,
+            cost,
+            extra,
+            num_drafts,
+            batch.slo_tps if batch.slo_tps.any() else 0.0,
+        )
+        plan = self._plan(step)
+        self._count(plan, num_drafts, positions)
+        return plan, made
+
+    def _plan(self, step: VerifyStep) -> VerifyPlan:
+        if self.policy.policy == "threshold":
+            return planner.threshold(step, self.policy.threshold)
+        if not self.adapts:
+            return planner.fixed(step)
+        plan = planner.plan(step)
+        blind = self._choice.reason is Reason.PROBE and not plan.verify_lens.any()
+        # Without confidences only outcomes teach: a probe verifies one of each.
+        return planner.fixed(step, 1) if blind else plan
+
+    def _costs(
+        self, batch: Batch
+    ) -> tuple[Callable[[Ints], Floats], Callable[[int, Ints], Floats]]:
+        assert self.live is not None
+        table, context, overhead = (
+            self.live.snapshot(),
+            batch.context_tokens,
+            self.overhead,
+        )
+        return (
+            lambda tokens: table.step_seconds(tokens, context) + overhead,
+            lambda requests, positions: table.draft_seconds(requests, positions),
+        )
+
+    def _count(self, plan: VerifyPlan, num_drafts: Ints, positions: int) -> None:
+        totals = self.totals
+        totals.steps += 1
+        totals.verified += int(plan.verify_lens.sum())
+        totals.trimmed += int((num_drafts - plan.verify_lens).sum())
+        totals.drafted += positions * len(num_drafts)
+        totals.bypassed_steps += positions == 0 and len(num_drafts) > 0
+        totals.stops[plan.reason.value] += 1
+        totals.draft_lens[positions] += 1
+        totals.verify_lens.update(plan.verify_lens.tolist())
+
+    # ---- after a step ----
+
+    def observe(
+        self, made: Prediction, verified: Ints, accepted: Ints, emitting: Ints
+    ) -> None:
+        """Learn from a step's outcomes.
+
+        Args:
+            made: what `verify` gave for the step.
+            verified: ``[R]`` drafts that were verified in the end.
+            accepted: ``[R]`` of them accepted.
+            emitting: ``[R]`` 1 for a request that emitted tokens.
+        """
+        self.survival.update(made, verified, accepted)
+        self.gate.observe(made.ids, verified, accepted)
+        rounds = int(emitting.sum())
+        self._rounds_seen += rounds
+        self.totals.accepted += int(accepted.sum())
+        self.totals.rounds += rounds
+
+    def timed(
+        self,
+        batch_tokens: int,
+        context_tokens: int,
+        target_seconds: float,
+        drafted: tuple[int, int, float] | None,
+        overhead_seconds: float | None,
+    ) -> None:
+        """Learn from a step's times.
+
+        Args:
+            batch_tokens: B.
+            context_tokens: as in `Batch`.
+            target_seconds: of the worker, drafting not included.
+            drafted: requests, positions and seconds of drafting, if there was any.
+            overhead_seconds: between the worker's steps; None if the engine idled.
+        """
+        if self.live is None:
+            return
+        self.live.observe(batch_tokens, context_tokens, target_seconds)
+        if drafted is not None:
+            self.live.observe_draft(*drafted)
+        if overhead_seconds is not None and overhead_seconds >= 0:
+            self._overheads.append(overhead_seconds)
+            self.overhead = statistics.median(self._overheads)
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Drop requests that have ended."""
+        ids = list(ids)
+        self.survival.forget(ids)
+        self.gate.forget(ids)
+
+
+def _free(tokens: Ints) -> Floats:
+    """Seconds of a step while nothing is known of them."""
+    return np.ones(len(tokens))

@@ -1,0 +1,90 @@
+"""What the controller is told and says: policy, batch, plan of drafting, totals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.schedule.drafting import Reason
+from vllm_dspark.schedule.step import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How lengths are chosen; the keys of ``additional_config.dspark``.
+
+    Args:
+        policy: ``adaptive``, ``fixed`` (verify all drafts, always draft γ) or
+            ``threshold`` (verify drafts of at least this survival, always draft γ).
+        threshold: for that policy.
+        bypass: whether adaptive drafting may stop altogether.
+        slo_tps: tokens/s that each request shall get; 0 for no goal.
+    """
+
+    policy: str = "adaptive"
+    threshold: float = 0.0
+    bypass: bool = True
+    slo_tps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the engine knows when it builds a step.
+
+    Args:
+        ids: the R requests that decode in it.
+        temperatures: ``[R]``.
+        num_drafts: ``[R]`` drafts that wait for verification.
+        confidence: ``[R, k]`` raw c_1..c_k of those, NaN past a row's last draft;
+            None without a confidence head.
+        prefill_tokens: further tokens of the step.
+        context_tokens: tokens that the R requests attend to.
+        slo_tps: ``[R]`` goals, 0 for none.
+    """
+
+    ids: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    num_drafts: Ints
+    confidence: NDArray[np.floating] | None
+    prefill_tokens: int
+    context_tokens: int
+    slo_tps: Floats
+
+    @property
+    def base_tokens(self) -> int:
+        """Tokens of the step without any draft."""
+        return len(self.ids) + self.prefill_tokens
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What the step drafts at its end.
+
+    Args:
+        positions: of each request, 0..γ.
+        reason: why.
+        skip: requests that get none, by their own history.
+    """
+
+    positions: int
+    reason: Reason
+    skip: frozenset[str] = frozenset()
+
+
+@dataclass
+class Totals:
+    """Counts since the start, for logs and metrics."""
+
+    steps: int = 0
+    drafted: int = 0
+    verified: int = 0
+    trimmed: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    bypassed_steps: int = 0
+    stops: Counter[str] = field(default_factory=Counter)
+    verify_lens: Counter[int] = field(default_factory=Counter)
+    draft_lens: Counter[int] = field(default_factory=Counter)

@@ -281,8 +281,8 @@ void scaled_exp(const T* x, int64_t n, float m, float factor, T* out) {
 
 template <typename T>
 constexpr RowKernels<T> row_kernels() {
-  return {block_max<T>, block_stats<T>, block_weights<T>, has_nan<T>,
-          dot<T>,       panel<T>,       fold_max<T>,      select_above<T>,
+  return {block_max<T>, block_stats<T>,  block_weights<T>, has_nan<T>,
+          dot<T>,       panel<T>,        fold_max<T>,      select_above<T>,
           add_panel<T>, argmax_panel<T>, scaled_exp<T>};
 }
 

@@ -13,8 +13,8 @@ struct LossRowsArgs {
   void* logits;  // [rows, vocab], overwritten by the gradient
   bool bf16;
   int64_t rows, vocab, top;
-  const int32_t* ids;  // [rows, top] in [0, vocab); -1: cannot be drafted
-  const float* probs;  // [rows, top]
+  const int32_t* ids;    // [rows, top] in [0, vocab); -1: cannot be drafted
+  const float* probs;    // [rows, top]
   const float* weights;  // [rows]
   float alpha, beta;
   float* cross_entropy;  // [rows], unweighted

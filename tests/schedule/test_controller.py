@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from tests.schedule.simulated import DEMO, WIDTH, Engine, without
+from vllm_dspark.config import DSparkOptions
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.cost import CostTable
-from vllm_dspark.schedule.facts import Batch, Policy
+from vllm_dspark.schedule.facts import Batch
 
 
-def engine(policy: Policy | None = None, **settings: object) -> Engine:
+def engine(policy: DSparkOptions | None = None, **settings: object) -> Engine:
     controller = Controller(WIDTH, policy)
     controller.price(DEMO)
     return Engine(controller, **settings)  # type: ignore[arg-type]
@@ -42,9 +43,9 @@ def test_without_costs_everything_is_drafted_and_verified() -> None:
 def test_fixed_and_threshold_do_as_they_are_told() -> None:
     survival = np.array([[0.9, 0.9, 0.9], [0.6, 0.4, 0.9]])
     for policy, lens in (
-        (Policy("fixed"), [3, 3]),
-        (Policy("threshold", threshold=0.75), [2, 0]),
-        (Policy("threshold", threshold=0.5), [3, 1]),
+        (DSparkOptions(policy="fixed"), [3, 3]),
+        (DSparkOptions(policy="threshold", threshold=0.75), [2, 0]),
+        (DSparkOptions(policy="threshold", threshold=0.5), [3, 1]),
     ):
         controller = Controller(WIDTH, policy)
         controller.price(DEMO)
@@ -85,7 +86,7 @@ def test_faster_than_any_fixed_length() -> None:
         adaptive.run(load, 100)
         best = 0.0
         for length in range(1, WIDTH + 1):
-            running = engine(Policy("fixed"), accept=0.7)
+            running = engine(DSparkOptions(policy="fixed"), accept=0.7)
             running.controller.width = length
             running.run(load, 20)
             best = max(best, running.run(load, 300))

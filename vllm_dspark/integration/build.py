@@ -12,7 +12,6 @@ from vllm_dspark.integration.config import drafter_folder, options
 from vllm_dspark.integration.say import log_like_vllm
 from vllm_dspark.model.checkpoint import weights_hash
 from vllm_dspark.schedule.controller import Controller
-from vllm_dspark.schedule.facts import Policy
 
 logger = logging.getLogger("vllm_dspark")
 
@@ -21,14 +20,13 @@ def build_controller(vllm_config: Any, width: int) -> Controller:
     """For an engine that drafts ``width`` tokens at most."""
     log_like_vllm()  # the scheduler's process may be another than the worker's
     chosen = options(vllm_config)
-    policy = Policy(chosen.policy, chosen.threshold, chosen.bypass, chosen.slo_tps)
     folder = Path(drafter_folder(vllm_config.speculative_config))
     calibration = load_calibration(folder, chosen.calibration)
     try:
-        return Controller(width, policy, calibration)
+        return Controller(width, chosen, calibration)
     except ValueError as error:  # it covers fewer positions
         logger.warning("DSpark: the calibration is ignored: %s", error)
-        return Controller(width, policy)
+        return Controller(width, chosen)
 
 
 def load_calibration(folder: Path, named: str | None) -> Calibration | None:

@@ -165,10 +165,9 @@ SYMBOLS: tuple[Symbol, ...] = (
         "overridden: silent while target steps are timed",
     ),
     _s("vllm.distributed.parallel_state:get_tp_group", "", "called"),
-    _s("vllm.v1.outputs:ModelRunnerOutput", None, "carries our report"),
     _s("vllm.v1.core.sched.output:SchedulerOutput", None, "read"),
     _s("vllm.v1.engine:EngineCoreOutputs", None, "named"),
-    _s("vllm.v1.outputs:ModelRunnerOutput", None, "carries the drafts"),
+    _s("vllm.v1.outputs:ModelRunnerOutput", None, "carries our report"),
     _s("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids", "subclassed"),
     # drafter (proposer.py, model.py)
     _s(_PROPOSER + ".__init__", "vllm_config device runner", "subclassed"),

@@ -36,6 +36,7 @@ class _Planned:
     made: Prediction | None
     context_tokens: int
     positions: int
+    overhead: float | None  # seconds outside the worker before it
 
 
 class DSparkScheduler(Scheduler):
@@ -47,18 +48,16 @@ class DSparkScheduler(Scheduler):
         self.draft_confidences: dict[str, np.ndarray] = {}
         self.controller = build_controller(self.vllm_config, self.num_spec_tokens)
         self._sayer = Sayer(self.controller)
-        self._slo = self.controller.policy.slo_tps
         self._planned: _Planned | None = None
         self._started: float | None = None  # of the step before, if it was busy since
         self._worked = 0.0  # seconds of the worker in it
-        self._cost_file: Any = None
 
     # ---- before a step ----
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         now = time.perf_counter()
         overhead = None if self._started is None else now - self._started - self._worked
-        self._overhead, self._started = overhead, now
+        self._started = now
         requests = [r for r in self.running if _decodes(r)]
         batch = self._batch(requests)
         choice = self.controller.draft(batch)
@@ -70,7 +69,7 @@ class DSparkScheduler(Scheduler):
         output.num_spec_tokens_to_schedule = choice.positions
         give_skip(output, choice.skip)
         self._planned = _Planned(
-            batch.ids, made, batch.context_tokens, choice.positions
+            batch.ids, made, batch.context_tokens, choice.positions, overhead
         )
         return output
 
@@ -112,9 +111,10 @@ class DSparkScheduler(Scheduler):
     def _goal(self, request: Request) -> float:
         params = request.sampling_params
         extra = params.extra_args if params is not None else None
-        value = (extra or {}).get("slo_tps", self._slo)
+        everyone = self.controller.policy.slo_tps
+        value = (extra or {}).get("slo_tps", everyone)
         good = isinstance(value, int | float) and 0 <= value < float("inf")
-        return float(value) if good else self._slo
+        return float(value) if good else everyone
 
     # ---- after a step ----
 
@@ -154,7 +154,6 @@ class DSparkScheduler(Scheduler):
 
     def _learn_times(self, step: SchedulerOutput, report: StepReport) -> None:
         if report.cost is not None:
-            self._cost_file = report.cost
             self.controller.price(report.cost.table)
         planned, tokens = self._planned, step.total_num_scheduled_tokens
         self._worked = report.target_seconds + report.draft_seconds
@@ -169,7 +168,7 @@ class DSparkScheduler(Scheduler):
             planned.context_tokens,
             report.target_seconds,
             drafted,
-            self._overhead,
+            planned.overhead,
         )
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:

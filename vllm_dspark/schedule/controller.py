@@ -19,13 +19,14 @@ import numpy as np
 
 from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.online import OnlineSurvival, Prediction
+from vllm_dspark.config import DSparkOptions
 from vllm_dspark.schedule import planner
 from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.draft_length import best_draft_length
 from vllm_dspark.schedule.drafting import Drafting, DraftingChoice, Reason, StepFacts
 from vllm_dspark.schedule.drafting_options import DraftingOptions
-from vllm_dspark.schedule.facts import Batch, DraftPlan, Policy, Totals
+from vllm_dspark.schedule.facts import Batch, DraftPlan, Totals
 from vllm_dspark.schedule.request_gate import RequestGate
 from vllm_dspark.schedule.step import Floats, Ints, StepCost, VerifyPlan, VerifyStep
 
@@ -38,7 +39,7 @@ class Controller:
 
     Args:
         width: γ, the most positions that are drafted.
-        policy: how to choose.
+        policy: how to choose, as the user has it.
         calibration: where confidences start from; None: raw.
         drafting: settings of the draft length.
 
@@ -48,12 +49,12 @@ class Controller:
     def __init__(
         self,
         width: int,
-        policy: Policy | None = None,
+        policy: DSparkOptions | None = None,
         calibration: Calibration | None = None,
         drafting: DraftingOptions | None = None,
     ) -> None:
         self.width = width
-        self.policy = policy or Policy()
+        self.policy = policy or DSparkOptions()
         self.survival = OnlineSurvival(width, calibration)
         options = drafting or DraftingOptions(bypass=self.policy.bypass)
         self.drafting = Drafting(width, options)
@@ -156,14 +157,11 @@ class Controller:
         self, batch: Batch
     ) -> tuple[Callable[[Ints], Floats], Callable[[int, Ints], Floats]]:
         assert self.live is not None
-        table, context, overhead = (
-            self.live.snapshot(),
-            batch.context_tokens,
-            self.overhead,
-        )
+        table, context = self.live.snapshot(), batch.context_tokens
+        overhead = self.overhead
         return (
             lambda tokens: table.step_seconds(tokens, context) + overhead,
-            lambda requests, positions: table.draft_seconds(requests, positions),
+            table.draft_seconds,
         )
 
     def _count(self, plan: VerifyPlan, num_drafts: Ints, positions: int) -> None:

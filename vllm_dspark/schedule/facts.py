@@ -1,4 +1,4 @@
-"""What the controller is told and says: policy, batch, plan of drafting, totals."""
+"""What the controller is told and says: batch, plan of drafting, totals."""
 
 from __future__ import annotations
 
@@ -10,24 +10,6 @@ from numpy.typing import NDArray
 
 from vllm_dspark.schedule.drafting import Reason
 from vllm_dspark.schedule.step import Floats, Ints
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How lengths are chosen; the keys of ``additional_config.dspark``.
-
-    Args:
-        policy: ``adaptive``, ``fixed`` (verify all drafts, always draft γ) or
-            ``threshold`` (verify drafts of at least this survival, always draft γ).
-        threshold: for that policy.
-        bypass: whether adaptive drafting may stop altogether.
-        slo_tps: tokens/s that each request shall get; 0 for no goal.
-    """
-
-    policy: str = "adaptive"
-    threshold: float = 0.0
-    bypass: bool = True
-    slo_tps: float = 0.0
 
 
 @dataclass(frozen=True)

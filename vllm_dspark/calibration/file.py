@@ -7,22 +7,19 @@ reported (a server must not die of it) is for the caller to say.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_dspark.calibration.fitting import Fit
+from vllm_dspark.calibration.json_file import read_object, write_object
 from vllm_dspark.calibration.scaling import Scaling
 
 NAME = "dspark_calibration.json"
 KIND = "dspark-calibration"
 SCHEMA = 1
-_MAX_BYTES = 1 << 20
 # Values outside say nothing but that something went wrong.
 _TEMPERATURE = (0.01, 100.0)
 _BIAS = (-20.0, 20.0)
@@ -64,7 +61,7 @@ def read(path: Path, weights_hash: str | None = None) -> Calibration:
         ValueError: it cannot be read, is damaged, of another schema, or belongs to
             another drafter.
     """
-    raw = _load(path)
+    raw = read_object(path, "calibration")
     if raw.get("kind") != KIND:
         raise ValueError(f"{path}: 'kind' is {raw.get('kind')!r}; expected {KIND!r}")
     if raw.get("schema") != SCHEMA:
@@ -83,21 +80,6 @@ def read(path: Path, weights_hash: str | None = None) -> Calibration:
     data = raw.get("data")
     label = data.get("label") if isinstance(data, dict) else None
     return Calibration(found, _settings(raw.get("settings"), path), str(label or ""))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise ValueError(f"{path}: {size} bytes are no calibration")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, not JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: holds {type(raw).__name__}; expected an object")
-    return raw
 
 
 def _settings(rows: Any, path: Path) -> dict[float, Scaling]:
@@ -187,14 +169,4 @@ def write(
         "data": dict(data),
         **facts,
     }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        read(temporary, weights_hash)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_object(path, content, lambda file: read(file, weights_hash))

@@ -11,18 +11,17 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_dspark.calibration.json_file import read_object, write_object
 from vllm_dspark.schedule.cost import CostTable
 
 KIND = "dspark-cost"
 SCHEMA = 1
 FOLDER = "cost"  # under the cache's root
-_MAX_BYTES = 1 << 20
 
 logger = logging.getLogger("vllm_dspark")
 
@@ -118,7 +117,10 @@ def read(path: Path, key: CostKey | None = None) -> CostFile:
         ValueError: it cannot be read, is damaged, of another schema, or was measured
             for something else.
     """
-    raw = _load(path)
+    # Reading a pipe would wait for ever.
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no file")
+    raw = read_object(path, "cost table")
     if raw.get("kind") != KIND:
         raise ValueError(f"{path}: 'kind' is {raw.get('kind')!r:.60}, not {KIND!r}")
     if raw.get("schema") != SCHEMA:
@@ -136,28 +138,6 @@ def read(path: Path, key: CostKey | None = None) -> CostFile:
             )
     notes = [_object(raw, name, path) for name in ("measured", "provenance")]
     return CostFile(found, _table(raw, path), *notes)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():  # reading a pipe would wait for ever
-            raise ValueError(f"{path} is no file")
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise ValueError(f"{path}: {size} bytes are no cost table")
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged, not text ({error.reason})") from error
-    try:
-        raw = json.loads(text)
-    # ValueError: not JSON, or a number of thousands of digits.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, not JSON ({error!s:.80})") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: holds {type(raw).__name__}; expected an object")
-    return raw
 
 
 def _key(raw: Any, path: Path) -> CostKey:
@@ -201,34 +181,21 @@ def write(path: Path, content: CostFile) -> None:
         OSError: the folder cannot be written.
     """
     table = content.table
-    text = json.dumps(
-        {
-            "schema": SCHEMA,
-            "kind": KIND,
-            "key": asdict(content.key),
-            "step": {
-                "tokens": table.tokens,
-                "seconds": table.step,
-                "seconds_per_context_token": table.per_context_token,
-            },
-            "draft": {
-                "requests": table.requests,
-                "positions": table.positions,
-                "seconds": table.draft,
-            },
-            "measured": dict(content.measured),
-            "provenance": dict(content.provenance),
+    raw = {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "key": asdict(content.key),
+        "step": {
+            "tokens": table.tokens,
+            "seconds": table.step,
+            "seconds_per_context_token": table.per_context_token,
         },
-        indent=1,
-        allow_nan=False,
-    )
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        temporary.chmod(0o644)
-        read(temporary, content.key)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        "draft": {
+            "requests": table.requests,
+            "positions": table.positions,
+            "seconds": table.draft,
+        },
+        "measured": dict(content.measured),
+        "provenance": dict(content.provenance),
+    }
+    write_object(path, raw, lambda file: read(file, content.key))

@@ -15,6 +15,7 @@ import pytest
 from tests.schedule.machine import true_table
 from vllm_dspark.schedule import cost_file
 from vllm_dspark.schedule.cost_file import CostFile, CostKey, load, path_of, save
+from vllm_dspark.schedule.profile_points import Limits
 
 KEY = CostKey(
     target="t" * 64,
@@ -43,6 +44,23 @@ def test_round_trip(path: Path, tmp_path: Path) -> None:
     raw = json.loads(path.read_text())
     assert (raw["schema"], raw["kind"]) == (1, "dspark-cost")
     assert raw["key"]["threads"] == 2 and raw["measured"] == {"how": "by hand"}
+
+
+@pytest.mark.parametrize("part", ["batch_tokens", "requests", "positions"])
+def test_a_table_of_a_smaller_engine_is_none(
+    tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = CONTENT.table
+    ends = Limits(table.tokens[-1], table.requests[-1], table.positions[-1])
+    save(tmp_path, CONTENT)
+    assert load(tmp_path, KEY, ends) == (table, "")
+    further = replace(ends, **{part: getattr(ends, part) + 1})
+    found, reason = load(tmp_path, KEY, further)
+    assert found is None and f"ends at {part}" in reason
+    assert caplog.records == []
+    # Profiling that meant to go there and had no time for it is not repeated.
+    save(tmp_path, replace(CONTENT, measured={part: [getattr(further, part), 1]}))
+    assert load(tmp_path, KEY, further)[0] == table
 
 
 def test_none_yet_is_no_warning(

@@ -51,12 +51,12 @@ def cost_of(runner: Any) -> CostFile | None:
     except ValueError as error:
         logger.warning("DSpark: no step costs, everything is verified: %s", error)
         return None
-    table, why = cost_file.load(root, key)
+    timer = StepTimer(runner)
+    table, why = cost_file.load(root, key, timer.limits())
     if _agreed(float(table is not None)):
         logger.info("DSpark: step costs from %s", cost_file.path_of(root, key))
         return None if table is None else CostFile(key, table, {}, {})
     logger.info("DSpark: measuring what steps cost (%s)", why)
-    timer = StepTimer(runner)
     try:
         with timer.running():
             measured = profile(

@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm_dspark.calibration.json_file import read_object, write_object
 from vllm_dspark.schedule.cost import CostTable
+from vllm_dspark.schedule.profile_points import Limits
 
 KIND = "dspark-cost"
 SCHEMA = 1
@@ -79,19 +80,46 @@ def path_of(root: Path, key: CostKey) -> Path:
     return root / FOLDER / f"{key.digest}.json"
 
 
-def load(root: Path, key: CostKey) -> tuple[CostTable | None, str]:
+def load(
+    root: Path, key: CostKey, limits: Limits | None = None
+) -> tuple[CostTable | None, str]:
     """The cached table, or None and why there is none: profile then.
 
-    A file that exists and cannot be used is reported with one warning.
+    A file that exists and cannot be used is reported with one warning; one that was
+    measured for a smaller engine than ``limits`` is none.
     """
     path = path_of(root, key)
     if not os.path.lexists(path):
         return None, f"no cost table yet ({path})"
     try:
-        return read(path, key).table, ""
+        found = read(path, key)
     except ValueError as error:
         logger.warning("dspark: the cost table is ignored, profiling anew: %s", error)
         return None, str(error)
+    lacking = "" if limits is None else _lacking(found, limits)
+    return (None if lacking else found.table), lacking
+
+
+def _lacking(found: CostFile, limits: Limits) -> str:
+    """Why a table does not reach as far as an engine needs, or nothing.
+
+    What counts is how far its profiling meant to go: where time ran out before, it
+    would run out again.
+    """
+    table = found.table
+    ends = {
+        "batch_tokens": table.tokens[-1],
+        "requests": table.requests[-1],
+        "positions": table.positions[-1],
+    }
+    for name, end in ends.items():
+        meant = found.measured.get(name)
+        if isinstance(meant, list) and meant and isinstance(meant[0], int):
+            end = max(end, meant[0])
+        if end < getattr(limits, name):
+            wanted = getattr(limits, name)
+            return f"the cost table ends at {name} {end}, this engine's at {wanted}"
+    return ""
 
 
 def save(root: Path, content: CostFile) -> Path | None:

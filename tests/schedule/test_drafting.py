@@ -262,3 +262,23 @@ def test_wrong_values_are_refused() -> None:
         DraftingOptions(max_hold=4)
     with pytest.raises(ValueError, match="load_factor 1"):
         DraftingOptions(load_factor=1)
+
+
+@pytest.mark.parametrize(
+    ("gain", "bypass", "none"),
+    [(1.1, True, True), (1.1, False, False), (1.5, True, False)],
+)
+def test_lengths_not_chosen_are_looked_at(
+    gain: float, bypass: bool, none: bool
+) -> None:
+    """All positions, and where drafting gains little no position, two of 96 steps."""
+    drafting = Drafting(WIDTH, DraftingOptions(bypass=bypass))
+    promised = np.array([1.0, 1.0, gain] + [1.0] * (WIDTH - 2))
+    facts = StepFacts(promised, 8, 8, 0.7)
+    choices = [drafting.choose(facts) for _ in range(1000)]
+    settled = choices[len(choices) - 960 :]
+    lengths = [c.positions for c in settled]
+    assert lengths.count(WIDTH) == 20 and lengths.count(0) == (20 if none else 0)
+    assert lengths.count(2) == 960 - lengths.count(WIDTH) - lengths.count(0)
+    assert all(c.reason is Reason.PROBE for c in settled if c.positions != 2)
+    assert drafting.changes == 1

@@ -88,3 +88,26 @@ def test_the_noise_is_learned() -> None:
     before = found.x[0]
     found.update(HERE, 0.7, 0)
     assert found.x[0] - before > 0.01 and moved(0.7) == 0
+
+
+def test_small_surprises_are_no_change_however_often_they_come() -> None:
+    """Followed step by step; the covariance, and with it all else, stays as it is."""
+    found = settled()
+    spread = found.covariance.copy()
+    for _ in range(12):
+        found.update(HERE, 0.2, 0)
+    assert (found.covariance.diagonal() < 1.5 * spread.diagonal()).all()
+    assert found.x[0] > 0.2
+
+
+def test_a_change_in_another_kind_stays_there() -> None:
+    kinds = np.array([0, 1])
+    for place, row in enumerate((HERE, THERE)):
+        found = RobustFilter(PRIOR, kinds)
+        for _ in range(300):
+            for at, other in enumerate((HERE, THERE)):
+                found.update(other, -float(other @ found.x), at)
+        for _ in range(4):
+            found.update(row, 0.7, place)
+        assert found.x[place] > 0.6
+        assert (found.x[1 - place] > 0.3) == (place == 0)

@@ -160,7 +160,9 @@ class DSparkScheduler(Scheduler):
         if planned is None or not tokens:
             return
         drafted = None
-        if report.draft_requests:
+        prompts = tokens - len(planned.ids) - _num_drafts(step)
+        # With long prompts their context K/V is most of what drafting takes.
+        if report.draft_requests and prompts <= len(planned.ids):
             seconds = report.draft_seconds
             drafted = (report.draft_requests, planned.positions, seconds)
         self.controller.timed(
@@ -191,6 +193,10 @@ class DSparkScheduler(Scheduler):
 def _decodes(request: Request) -> bool:
     """Whether all that is known of it but the last token is in the K/V cache."""
     return int(request.num_tokens - request.num_computed_tokens) == 1
+
+
+def _num_drafts(step: SchedulerOutput) -> int:
+    return sum(map(len, step.scheduled_spec_decode_tokens.values()))
 
 
 def _temperature(request: Request) -> float:

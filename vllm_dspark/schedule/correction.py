@@ -28,7 +28,8 @@ _BY_KIND = 0.3
 _LOCAL = 0.3
 _REACH = 1.0  # octaves, over which local factors are alike
 _MAX_STEP_KNOTS = 24
-_MAX_ROWS, _MAX_COLUMNS = 6, 3  # of the drafter's grid
+_MAX_ROWS = 6  # of the drafter's grid
+_UPKEEP = 0.25  # positions that 0 positions count as: as far from 1 as 1 from 4
 _MATERIAL = 0.02  # relative change of any factor that makes a new snapshot
 _WINDOW = 256  # observations that `error` looks back on
 _MAX_CACHED = 4096
@@ -56,9 +57,12 @@ class LiveCost:
         self._table = table
         self._knots = _thin(table.tokens, _MAX_STEP_KNOTS)
         self._rows = _thin(table.requests, _MAX_ROWS)
-        self._columns = _thin(table.positions, _MAX_COLUMNS)
+        # Upkeep alone, its neighbour, the last: what upkeep takes says little of drafts.
+        self._columns = sorted({*table.positions[:2], table.positions[-1]})
         self._context = len(self._knots)  # index of the context's factor
-        self._filter = RobustFilter(self._prior())
+        prior = self._prior()
+        kinds = (np.arange(len(prior)) > self._context).astype(np.int64)
+        self._filter = RobustFilter(prior, kinds)
         # What each observation is of the factors, and the table's own seconds.
         self._steps: dict[int, tuple[Floats, float, int]] = {}
         self._drafts: dict[tuple[int, int], tuple[Floats, float, int]] = {}
@@ -151,7 +155,8 @@ class LiveCost:
     def _prior(self) -> Floats:
         """Covariance of the factors: step knots, context, drafter's grid in rows."""
         steps = _alike(self._knots)
-        drafts = np.kron(_alike(self._rows), _alike([k + 1 for k in self._columns]))
+        apart = [k if k else _UPKEEP for k in self._columns]
+        drafts = np.kron(_alike(self._rows), _alike(apart))
         m, n = len(steps), len(steps) + 1 + len(drafts)
         prior = np.full((n, n), _COMMON**2)
         prior[:m, :m] += _BY_KIND**2 + _LOCAL**2 * steps
@@ -180,7 +185,7 @@ def _thin(values: Sequence[int], most: int) -> list[int]:
     ]
 
 
-def _alike(at: Sequence[int]) -> Floats:
+def _alike(at: Sequence[float]) -> Floats:
     """[n, n] correlation of local factors by distance on a logarithmic axis."""
     octaves = np.log2(np.array(at, dtype=np.float64))
     alike: Floats = np.exp(-np.abs(octaves[:, None] - octaves) / _REACH)

@@ -97,7 +97,7 @@ class Drafting:
         self._hold = self.options.hold
         self._probes = Probes(self.options)
         self._probe_length = 1
-        self._short = 0  # steps of drafting less than γ
+        self._drafting = 0  # steps since drafting began
 
     @property
     def probes(self) -> int:
@@ -142,21 +142,32 @@ class Drafting:
             self._probe_length = 1 + int(np.argmax(self._gain[1:]))
             self._probes.start(float(gain[1:].max()))
             return DraftingChoice(self._probe_length, Reason.PROBE)
-        if self._explores():
-            return DraftingChoice(self.width, Reason.PROBE)
+        explored = self._explores()
+        if explored is not None:
+            return DraftingChoice(explored, Reason.PROBE)
         return DraftingChoice(self._length, self._reason(facts, best))
 
-    def _explores(self) -> bool:
-        """Whether this step drafts all positions, to learn about the last ones.
+    def _explores(self) -> int | None:
+        """Another length for this step, in order to learn.
 
-        What is not drafted has no confidence and no outcome: a length that was right
-        once would stay.
+        All positions now and then: what is not drafted has no confidence and no
+        outcome, and a length that was right once would stay. None at all where drafting
+        gains little: what a step without drafts takes is a guess until one is made,
+        and a wrong guess would keep a loss for a gain.
         """
         options = self.options
-        self._short = self._short + 1 if 0 < self._length < self.width else 0
-        if self._short >= options.explore_interval + options.explore_steps:
-            self._short = 0
-        return self._short >= options.explore_interval
+        if self._length == 0:
+            self._drafting = 0
+            return None
+        self._drafting += 1
+        at = self._drafting % options.explore_interval
+        if at < options.explore_steps <= self._drafting:
+            return self.width if self._length < self.width else None
+        half = options.explore_interval // 2
+        doubtful = options.bypass and self._gain[self._length] < options.doubtful_gain
+        if doubtful and half <= at < half + options.explore_steps:
+            return 0
+        return None
 
     def _gains(self, throughput: Floats) -> Floats:
         positive = np.isfinite(throughput).all() and (throughput > 0).all()

@@ -29,6 +29,8 @@ class DraftingOptions:
         explore_interval: steps of drafting less than γ after which all γ positions
             are drafted, to learn about those that are left out,
         explore_steps: for so many steps.
+        doubtful_gain: log gain of drafting below which steps without drafts are made
+            as well, as many, to learn what they take.
         encouraging: share of the distance to break-even that a probe must close to
             be continued.
         low_acceptance: acceptance of first drafts below which a bypass is put down to
@@ -53,6 +55,7 @@ class DraftingOptions:
     max_probe_steps: int = 64
     explore_interval: int = 96
     explore_steps: int = 2
+    doubtful_gain: float = 0.25
     encouraging: float = 0.25
     low_acceptance: float = 0.3
     request_rounds: int = 24

@@ -258,7 +258,7 @@ def test_it_is_cheap() -> None:
 
 
 def test_odd_upkeep_does_not_touch_the_steps() -> None:
-    """As it was: streaks of upkeep times, off by half, halved all steps now and then."""
+    """As it was: streaks of upkeep times, off by half, halved all steps at times."""
     live, machine = LiveCost(true_table()), Machine(0.02, seed=3)
     worst = 0.0
     for i in range(300):

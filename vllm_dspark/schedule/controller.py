@@ -156,11 +156,22 @@ class Controller:
     def _costs(
         self, batch: Batch
     ) -> tuple[Callable[[Ints], Floats], Callable[[int, Ints], Floats]]:
+        """Seconds of a step by its tokens, and of drafting.
+
+        What prompts add to a step is left out: it is due whatever is verified, and with
+        it in the round's time, drafts would seem to pay that other rounds do better
+        without. What a draft adds is counted at the B of the whole step. A goal is
+        about the whole time, though.
+        """
         assert self.live is not None
         table, context = self.live.snapshot(), batch.context_tokens
-        overhead = self.overhead
+        fixed = self.overhead
+        if batch.prefill_tokens and batch.ids and not batch.slo_tps.any():
+            sizes = np.array([len(batch.ids), batch.base_tokens])
+            alone, together = table.step_seconds(sizes, context)
+            fixed += float(alone - together)
         return (
-            lambda tokens: table.step_seconds(tokens, context) + overhead,
+            lambda tokens: table.step_seconds(tokens, context) + fixed,
             table.draft_seconds,
         )
 

@@ -57,7 +57,7 @@ class LiveCost:
         self._table = table
         self._knots = _thin(table.tokens, _MAX_STEP_KNOTS)
         self._rows = _thin(table.requests, _MAX_ROWS)
-        # Upkeep alone, its neighbour, the last: what upkeep takes says little of drafts.
+        # Upkeep alone, its neighbour, the last: upkeep says little of drafting.
         self._columns = sorted({*table.positions[:2], table.positions[-1]})
         self._context = len(self._knots)  # index of the context's factor
         prior = self._prior()

@@ -14,7 +14,8 @@ class DraftingOptions:
 
     Args:
         bypass: False to draft at least one position always.
-        margin: relative gain in throughput that a change must promise.
+        margin: relative gain in throughput that a change must promise, except one to a
+            bypass, which need only promise any.
         hold: steps that a choice lasts at least.
         max_hold: what that grows to, doubling while choices do not last.
         average: steps over which promises are averaged.
@@ -41,7 +42,7 @@ class DraftingOptions:
     """
 
     bypass: bool = True
-    margin: float = 0.02
+    margin: float = 0.03
     hold: int = 8
     max_hold: int = 40
     average: float = 8.0

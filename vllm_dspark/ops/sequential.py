@@ -21,7 +21,7 @@ from vllm_dspark.ops.arguments import (
     resolve_backend,
 )
 
-BACKENDS = ("auto", "reference", "native")
+BACKENDS = ("auto", "reference", "native", "triton")
 HEAD_TYPES = ("none", "vanilla", "gated", "rnn")
 
 
@@ -72,7 +72,7 @@ class SequentialDraft:
         finite: ``[R]`` bool, False if a request's logits held NaN or no finite
             maximum, or its confidence was not finite. Its tokens are then in range
             but otherwise unspecified.
-        backend: the backend that ran: reference or native.
+        backend: the backend that ran: reference, native or triton.
     """
 
     token_ids: Tensor
@@ -124,8 +124,8 @@ def draft_sequential(
         topk: keep only the k largest base logits of a position as candidates (lowest
             ids among equals); more than Vd means Vd.
         return_probs: whether to return the distributions drawn from.
-        backend: auto, reference or native. auto is native for CPU tensors where the
-            extension is built.
+        backend: auto, reference, native or triton. auto is triton for CUDA tensors,
+            native for CPU tensors where the extension is built.
 
     Raises:
         ValueError: a shape, dtype or device is not as above; names the shape.
@@ -145,6 +145,10 @@ def _choose(
     backend: str, base: Tensor
 ) -> Callable[[SequentialInputs], SequentialDraft]:
     backend = resolve_backend(backend, BACKENDS, base)
+    if backend == "triton":
+        from vllm_dspark.ops import sequential_triton
+
+        return sequential_triton.checked_run(base)
     if backend == "native":
         from vllm_dspark.ops import sequential_native
 

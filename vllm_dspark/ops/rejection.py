@@ -41,12 +41,12 @@ class RejectionResult:
 
 @dataclass(frozen=True)
 class RejectionInputs:
-    """Checked arguments of `rejection_sample`, plus the lengths on the host."""
+    """Checked arguments of `rejection_sample`; no request has more than `most` drafts."""
 
     target_logits: Tensor
     draft_token_ids: Tensor
     num_draft_tokens: Tensor
-    lengths: list[int]
+    most: int
     draft_probs: Tensor | None
     draft_support: Tensor | None
     temperature: Tensor | None
@@ -55,8 +55,8 @@ class RejectionInputs:
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Uninitialised ``token_ids`` and ``num_emitted``."""
-        device, num = self.target_logits.device, len(self.lengths)
-        width = max(self.lengths, default=0) + 1
+        device, num = self.target_logits.device, self.num_draft_tokens.shape[0]
+        width = self.most + 1
         return (
             torch.empty((num, width), dtype=torch.int32, device=device),
             torch.empty((num,), dtype=torch.int32, device=device),
@@ -73,6 +73,7 @@ def rejection_sample(
     temperature: Tensor | None = None,
     accept_uniforms: Tensor | None = None,
     sample_uniforms: Tensor | None = None,
+    max_draft_tokens: int | None = None,
     backend: str = "auto",
 ) -> RejectionResult:
     """Accepts a prefix of each request's drafts and emits one token more (2.1).
@@ -94,6 +95,9 @@ def rejection_sample(
         temperature: Shape ``[R]`` float32; below 1e-5 greedy. None: all greedy.
         accept_uniforms: Shape ``[N]`` float64 in [0, 1).
         sample_uniforms: Shape ``[R]`` float64 in [0, 1), for the one final draw.
+        max_draft_tokens: no l_r is larger; the result has one column more. Lengths are
+            then not read on the host to be checked, so that a call with Triton can be
+            captured in a CUDA graph. None: the largest l_r, after a check of all.
         backend: auto, reference, native or triton. auto is triton for CUDA tensors,
             native on the CPU, reference without the extension.
 
@@ -117,6 +121,7 @@ def rejection_sample(
         temperature,
         accept_uniforms,
         sample_uniforms,
+        max_draft_tokens,
     )
     return run(inputs)
 
@@ -148,18 +153,15 @@ def _check(
     temperature: Tensor | None,
     accept: Tensor | None,
     sample: Tensor | None,
+    most: int | None,
 ) -> RejectionInputs:
     require("draft_token_ids", ids, INTEGERS, (None,), logits)
     require("num_draft_tokens", counts, INTEGERS, (None,), logits)
     n, r = ids.shape[0], counts.shape[0]
     require("target_logits", logits, FLOATS, (n + r, None), logits, inner_only=True)
     require_vocabulary("target_logits", logits)
-    lengths: list[int] = counts.tolist()
-    if sum(lengths) != n or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"num_draft_tokens: expected {r} lengths >= 0 that add up to N={n}, the "
-            f"shape [{n}] of draft_token_ids; got {lengths[:8]}"
-        )
+    if most is None:
+        most = _largest(counts, n)
     if probs is not None:
         columns = logits.shape[1] if support is None else None
         require("draft_probs", probs, F32, (n, columns), logits, inner_only=True)
@@ -172,5 +174,16 @@ def _check(
     uniforms = {"accept_uniforms": (accept, (n,)), "sample_uniforms": (sample, (r,))}
     require_randomness(temperature, r, uniforms, logits)
     return RejectionInputs(
-        logits, ids, counts, lengths, probs, support, temperature, accept, sample
+        logits, ids, counts, most, probs, support, temperature, accept, sample
     )
+
+
+def _largest(counts: Tensor, n: int) -> int:
+    """The largest length; ValueError unless they are lengths that add up to N."""
+    lengths: list[int] = counts.tolist()
+    if sum(lengths) != n or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"num_draft_tokens: expected {len(lengths)} lengths >= 0 that add up to "
+            f"N={n}, the shape [{n}] of draft_token_ids; got {lengths[:8]}"
+        )
+    return max(lengths, default=0)

@@ -45,7 +45,7 @@ def run(inputs: RejectionInputs) -> RejectionResult:
     token_ids, num_emitted = inputs.outputs()
     token_ids.fill_(-1)
     first = 0
-    for r, length in enumerate(inputs.lengths):
+    for r, length in enumerate(inputs.num_draft_tokens.tolist()):
         tokens = _request(inputs, r, first, length)
         token_ids[r, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
         num_emitted[r] = len(tokens)

@@ -4,12 +4,15 @@ A program walks over its request's rows and stops at the first rejection. A row 
 in blocks: once for a greedy choice, twice for the maximum and the normaliser of a
 random one, and once more where a token is drawn. With TRITON_INTERPRET=1, set before
 triton is imported, the same kernel runs on CPU tensors.
+
+Run in the interpreter and compiled ahead of time; never run on a GPU.
 """
 
 # Kernels are no Python functions: their arguments have no Python types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_dspark.ops.launch_triton import launch, require_device
 from vllm_dspark.ops.rejection import RejectionInputs, RejectionResult
 from vllm_dspark.ops.row_scan_triton import argmax, draw, mass, normaliser
 
@@ -200,12 +204,7 @@ def rejection_kernel(
 
 def checked_run(logits: Tensor) -> Callable[[RejectionInputs], RejectionResult]:
     """`run`, or RuntimeError unless the tensors are on a GPU or interpreted."""
-    interpreted = not isinstance(rejection_kernel, triton.runtime.JITFunction)
-    if not logits.is_cuda and not interpreted:
-        raise RuntimeError(
-            f"backend 'triton' needs CUDA tensors, got {logits.device}; use 'auto', or "
-            "set TRITON_INTERPRET=1 before triton is imported to interpret it"
-        )
+    require_device(rejection_kernel, logits)
     return run
 
 
@@ -216,53 +215,93 @@ def launch_options(inputs: RejectionInputs, block: int = BLOCK) -> dict[str, Any
         mode = DENSE if inputs.draft_support is None else SPARSE
     return {
         "MODE": mode.value,
-        "RANDOM": inputs.temperature is not None,
+        "RANDOM": inputs.temperature is not None and inputs.sample_uniforms is not None,
         "BLOCK": block,
         "CHUNK": min(block, 1024),
     }
 
 
-def run(inputs: RejectionInputs) -> RejectionResult:
-    """Launches one program per request."""
+@dataclass(frozen=True)
+class Buffers:
+    """Everything that a call writes, for R requests of at most `most` drafts.
+
+    Made once, they keep their addresses over the replays of a CUDA graph.
+
+    Attributes:
+        token_ids, num_emitted: as in `RejectionResult`.
+        ends: ``[R]`` int64, the inclusive sum of the lengths.
+        dense: ``[R, V]`` float32 with draft_support, otherwise empty.
+        nothing: stands for arguments that a kernel never reads.
+    """
+
+    token_ids: Tensor
+    num_emitted: Tensor
+    ends: Tensor
+    dense: Tensor
+    nothing: Tensor
+
+
+def make_buffers(inputs: RejectionInputs) -> Buffers:
+    """Buffers for inputs of these shapes."""
     token_ids, num_emitted = inputs.outputs()
-    token_ids.fill_(-1)
-    num, vocab = len(inputs.lengths), inputs.target_logits.shape[1]
-    if num == 0:
-        return RejectionResult(token_ids, num_emitted, "triton")
-    counts, q, support = (
-        inputs.num_draft_tokens,
-        inputs.draft_probs,
-        inputs.draft_support,
+    num, device = num_emitted.shape[0], num_emitted.device
+    rows = 0 if inputs.draft_support is None else num
+    return Buffers(
+        token_ids,
+        num_emitted,
+        torch.empty(num, dtype=torch.int64, device=device),
+        torch.empty((rows, inputs.target_logits.shape[1]), device=device),
+        torch.empty(1, device=device),
     )
-    device = inputs.target_logits.device
-    unused = torch.empty(1, device=device)  # a pointer the kernel never follows
+
+
+def run(inputs: RejectionInputs) -> RejectionResult:
+    """One call with buffers of its own."""
+    return verify(inputs, make_buffers(inputs))
+
+
+def verify(inputs: RejectionInputs, b: Buffers) -> RejectionResult:
+    """Launches one program per request; the result's tensors are those of `b`.
+
+    Reads no value on the host, and no shape depends on one.
+    """
+    b.token_ids.fill_(-1)
+    num, vocab = inputs.num_draft_tokens.shape[0], inputs.target_logits.shape[1]
+    result = RejectionResult(b.token_ids, b.num_emitted, "triton")
+    if num == 0:
+        return result
+    q, support = inputs.draft_probs, inputs.draft_support
+    torch.cumsum(inputs.num_draft_tokens, 0, out=b.ends)
+    b.dense.zero_()
     shared = support is None or support.shape[0] == 1
-    rejection_kernel[(num,)](
+    launch(
+        rejection_kernel,
+        (num,),
         inputs.target_logits,
         inputs.target_logits.stride(0),
         vocab,
         inputs.draft_token_ids,
-        counts.cumsum(0),
-        counts,
-        unused if q is None else q,
+        b.ends,
+        inputs.num_draft_tokens,
+        _or(q, b),
         0 if q is None else q.stride(0),
-        unused if support is None else support,
+        _or(support, b),
         0 if support is None or shared else support.stride(0),
         0 if support is None else support.shape[1],
-        unused if support is None else torch.zeros((num, vocab), device=device),
-        _or(inputs.temperature, unused),
-        _or(inputs.accept_uniforms, unused.double()),
-        _or(inputs.sample_uniforms, unused.double()),
-        token_ids,
-        token_ids.shape[1],
-        num_emitted,
+        b.dense,
+        _or(inputs.temperature, b),
+        _or(inputs.accept_uniforms, b),
+        _or(inputs.sample_uniforms, b),
+        b.token_ids,
+        b.token_ids.shape[1],
+        b.num_emitted,
         **launch_options(inputs),
         num_warps=NUM_WARPS,
         # The backends agree only if a product and a difference stay two roundings.
         enable_fp_fusion=False,
     )
-    return RejectionResult(token_ids, num_emitted, "triton")
+    return result
 
 
-def _or(tensor: Tensor | None, default: Tensor) -> Tensor:
-    return default if tensor is None else tensor
+def _or(tensor: Tensor | None, b: Buffers) -> Tensor:
+    return b.nothing if tensor is None else tensor

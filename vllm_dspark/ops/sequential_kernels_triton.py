@@ -16,7 +16,6 @@ from vllm_dspark.ops import sequential_step_triton as step
 def project_kernel(
     hidden, stride_r, stride_k, requests, positions, joint, joint_stride, column, bias,
     out, outputs, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    WIDE: tl.constexpr,
 ):  # fmt: skip
     """out[k, r] = joint[:, column:] · h[r, k] + bias, float32."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -26,7 +25,7 @@ def project_kernel(
     c_mask = cols < outputs
     acc = tl.zeros([ROWS, CHUNK], tl.float32)
     acc = step.product(hidden, 1, at, r_mask, joint + column, joint_stride, cols,
-                       c_mask, WIDTH, CHUNK, acc, WIDE)  # fmt: skip
+                       c_mask, WIDTH, CHUNK, acc)  # fmt: skip
     acc += tl.load(bias + cols, mask=c_mask, other=0.0).to(tl.float32)[None, :]
     row = (i % positions) * requests + i // positions
     store = out + row[:, None].to(tl.int64) * outputs + cols[None, :]
@@ -39,6 +38,7 @@ def _advance(
     markov_column, joint_hidden, states, latent, hidden_logits, markov_weight,
     confidences, survivals, finite, HEAD: tl.constexpr, SCORED: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    JOINT: tl.constexpr,
 ):  # fmt: skip
     """What step k needs to know of the tokens before it, and their c_k and a_k."""
     if HEAD != step.NONE:
@@ -48,7 +48,7 @@ def _advance(
             previous, rows, r_mask, w1, joint, joint_stride, markov_column,
             joint_hidden + k.to(tl.int64) * requests * outputs,
             states + (k % 2) * size, states + ((k + 1) % 2) * size, latent,
-            HEAD, RANK, CHUNK, ROWS,
+            HEAD, RANK, JOINT, ROWS,
         )  # fmt: skip
     if SCORED > 0:
         at = rows * positions + k
@@ -70,7 +70,7 @@ def begin_kernel(
     anchors, requests, positions, w1, joint, joint_stride, markov_column, joint_hidden,
     states, latent, hidden_logits, markov_weight, confidences, survivals, finite,
     HEAD: tl.constexpr, SCORED: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
     """Everything that the first step needs of the anchors."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -90,7 +90,7 @@ def begin_kernel(
     _advance(
         x, rows, r_mask, requests, zero, positions, w1, joint, joint_stride,
         markov_column, joint_hidden, states, latent, hidden_logits, markov_weight,
-        confidences, survivals, finite, HEAD, SCORED, RANK, ROWS, CHUNK,
+        confidences, survivals, finite, HEAD, SCORED, RANK, ROWS, CHUNK, JOINT,
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def step_kernel(
     markov_weight, confidences, survivals, finite,
     HEAD: tl.constexpr, SCORED: tl.constexpr, RANDOM: tl.constexpr, TOPK: tl.constexpr,
     REDUCED: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, MERGE: tl.constexpr,
+    CHUNK: tl.constexpr, JOINT: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Step k of all requests. Grid: (blocks, groups), with TOPK (blocks, requests)."""
     logits += k * logits_stride_k
@@ -141,7 +141,7 @@ def step_kernel(
         if HEAD != step.NONE:
             bias = tl.zeros([ROWS, BLOCK], tl.float32)
             x += step.product(latent, RANK, mine, m_mask, w2, RANK, cols.to(tl.int64),
-                              c_mask, RANK, CHUNK, bias, False)  # fmt: skip
+                              c_mask, RANK, CHUNK, bias)  # fmt: skip
     step.store_block(x, mine, m_mask, cols, c_mask, block, t, logits, logits_stride_r,
                      width, tops, args, sums, blocks, RANDOM)  # fmt: skip
     tl.debug_barrier()  # all threads have stored before one of them says so
@@ -185,7 +185,7 @@ def step_kernel(
                 token, rows, r_mask, requests, k + 1, positions, w1, joint,
                 joint_stride, markov_column, joint_hidden, states, latent,
                 hidden_logits, markov_weight, confidences, survivals, finite,
-                HEAD, SCORED, RANK, ROWS, CHUNK,
+                HEAD, SCORED, RANK, ROWS, CHUNK, JOINT,
             )  # fmt: skip
 
 

@@ -49,9 +49,12 @@ def is_finite(x):
 @triton.jit
 def product(
     x, x_stride, rows, r_mask, w, w_stride, cols, c_mask, SIZE: tl.constexpr,
-    CHUNK: tl.constexpr, acc, WIDE: tl.constexpr,
+    CHUNK: tl.constexpr, acc,
 ):  # fmt: skip
-    """acc + x[rows] · w[cols], over SIZE; WIDE multiplies in float32."""
+    """acc + x[rows] · w[cols] over SIZE, with float32 products whatever the types.
+
+    A float32 x is the sum of three bfloat16, which bfloat16 weights multiply exactly.
+    """
     lanes = tl.arange(0, CHUNK)
     for start in range(0, SIZE, CHUNK):
         inner = start + lanes
@@ -66,9 +69,16 @@ def product(
             mask=c_mask[None, :] & inside[:, None],
             other=0.0,
         )
-        if WIDE:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        if b.dtype == tl.bfloat16:
+            if a.dtype == tl.float32:
+                for _ in tl.static_range(3):
+                    piece = a.to(tl.bfloat16)
+                    acc = tl.dot(piece, b, acc)
+                    a -= piece.to(tl.float32)
+            else:
+                acc = tl.dot(a, b, acc)
+        else:
+            acc = tl.dot(a.to(tl.float32), b, acc, input_precision="ieee")
     return acc
 
 
@@ -219,7 +229,7 @@ def latents(
             part = joint_hidden + rows[:, None] * outputs + cols[None, :]
             gate = tl.load(part, mask=mask, other=0.0)
             gate = product(w1, RANK, previous, r_mask, joint + markov_column,
-                           joint_stride, cols, c_mask, RANK, CHUNK, gate, True)  # fmt: skip
+                           joint_stride, cols, c_mask, RANK, CHUNK, gate)  # fmt: skip
             value = sigmoid(gate) * value
         if HEAD == RNN:
             for part in tl.static_range(3):
@@ -230,9 +240,9 @@ def latents(
                     other=0.0,
                 )
                 acc = product(state, RANK, rows, r_mask, joint, joint_stride, out,
-                              c_mask, RANK, CHUNK, acc, True)  # fmt: skip
+                              c_mask, RANK, CHUNK, acc)  # fmt: skip
                 acc = product(w1, RANK, previous, r_mask, joint + markov_column,
-                              joint_stride, out, c_mask, RANK, CHUNK, acc, True)  # fmt: skip
+                              joint_stride, out, c_mask, RANK, CHUNK, acc)  # fmt: skip
                 if part == 0:
                     gate = sigmoid(acc)
                 elif part == 1:

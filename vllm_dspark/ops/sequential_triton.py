@@ -38,6 +38,7 @@ ROWS = 16  # requests that share a tile of W2: the least a matrix product takes
 BLOCK = 128  # columns of a program: 1187 programs at a vocabulary of 151,936
 MERGE = 128  # blocks merged at a time
 CHUNK = 64  # of the rank, the inner dimension of the products
+JOINT = 16  # the same with a float32 joint layer, whose products are unrolled
 SELECT_BLOCK = 4096
 FINISH_BLOCK = 1024
 NUM_WARPS = 4
@@ -151,6 +152,7 @@ def head_options(head: SequentialHead, hidden: int) -> dict[str, Any]:
         "RANK": head.rank,
         "ROWS": ROWS,
         "CHUNK": CHUNK,
+        "JOINT": CHUNK if _type(head) == torch.bfloat16 else JOINT,
     }
 
 
@@ -240,7 +242,6 @@ def _project(
         WIDTH=width,
         ROWS=ROWS,
         CHUNK=CHUNK,
-        WIDE=not hidden.dtype == weight.dtype == torch.bfloat16,
         **OPTIONS,
     )
 

@@ -14,11 +14,15 @@ import sys
 # from another, which is most of its time. The outermost patch is enough.
 QUICK = """
 import triton.runtime.interpreter as interpreter
+import types, triton.language
+everything = types.SimpleNamespace(
+    __globals__={"tl": triton.language, "core": triton.language.core}
+)
 patch, active = interpreter._patch_lang, []
 def patch_once(fn):
     if active:
         return interpreter._LangPatchScope()
-    scope = patch(fn)
+    scope = patch(everything)
     active.append(scope)
     restore = scope.restore
     def restore_all():

@@ -83,7 +83,7 @@ SEQUENTIAL: list[tuple[dict[str, Any], str]] = [
     ({"uniforms": torch.ones(6, 4, dtype=f64)}, r"uniforms.*\[6, 5\].*\[6, 4\]"),
     ({"uniforms": None}, r"uniforms of shape \[6, 5\]"),
     ({"topk": 0}, "topk.*at least 1, got 0"),
-    ({"backend": "triton"}, "unknown 'triton'"),
+    ({"backend": "cuda"}, "unknown 'cuda'"),
 ]
 HEAD: list[tuple[dict[str, Any], str]] = [
     ({"head_type": "lstm"}, "head_type: unknown 'lstm'"),

@@ -1,8 +1,7 @@
 """What a CUDA graph may capture of the Triton paths, shown without a GPU.
 
-Arguments are fake tensors on a GPU that is not there, and launches are recorded instead
-of made: a value read on the host, or a shape that depends on one, is an error of the
-fake tensors. What a captured launch was given must be there at each replay: with the
+Arguments are fake tensors, which have no values, and launches are recorded instead of
+made: a value read on the host, or a shape that depends on one, is an error. What a captured launch was given must be there at each replay: with the
 same buffers, every pointer of every launch is the same.
 """
 
@@ -52,16 +51,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     for module in (rejection_triton, sequential_triton):
         monkeypatch.setattr(module, "launch", record)
+        monkeypatch.setattr(module, "require_device", lambda kernel, tensor: None)
     return made
 
 
-def on_gpu(value: Any) -> Any:
-    """A fake tensor of the same shape and strides on a GPU."""
+def fake(value: Any) -> Any:
+    """Within FakeTensorMode, a fake tensor of the same shape and strides."""
     if not isinstance(value, Tensor):
         return value
-    return torch.empty_strided(
-        value.shape, value.stride(), dtype=value.dtype, device="cuda"
-    )
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
 
 
 @pytest.mark.parametrize("topk", [None, 12])
@@ -72,12 +70,12 @@ def test_drafting_reads_nothing_on_the_host(
     block = make_block(1, make_head(1, head_type, draft_vocab=77), topk=topk)
     with FakeTensorMode():
         head = replace(
-            block.head, **{k: on_gpu(v) for k, v in vars(block.head).items()}
+            block.head, **{k: fake(v) for k, v in vars(block.head).items()}
         )
-        options = {k: on_gpu(v) for k, v in block.options.items()}
-        tensors = map(on_gpu, (block.base, block.hidden, block.anchors))
-        result = draft_sequential(*tensors, head, **options)
-    assert result.backend == "triton"  # what auto is on a GPU
+        options = {k: fake(v) for k, v in block.options.items()}
+        tensors = map(fake, (block.base, block.hidden, block.anchors))
+        result = draft_sequential(*tensors, head, **options, backend="triton")
+    assert result.backend == "triton"
     names = [name for name, _, _ in launches]
     assert names.count("step_kernel") == block.base.shape[1]
 
@@ -86,14 +84,14 @@ def test_drafting_reads_nothing_on_the_host(
 def test_verifying_reads_nothing_on_the_host(launches: Launches, drafts: str) -> None:
     case = make_case(1, drafts=drafts)
     with FakeTensorMode():
-        args = list(map(on_gpu, (case.logits, case.draft_ids, case.lengths)))
-        options: Any = {k: on_gpu(v) for k, v in case.options.items()}
-        result = rejection_sample(*args, **options, max_draft_tokens=7)
+        args = list(map(fake, (case.logits, case.draft_ids, case.lengths)))
+        options: Any = {k: fake(v) for k, v in case.options.items()}
+        result = rejection_sample(*args, **options, max_draft_tokens=7, backend="triton")
         assert result.backend == "triton"
         assert result.token_ids.shape == (5, 8)
         # Without the bound the lengths are read, and fake tensors say so.
         with pytest.raises(DataDependentOutputException):
-            rejection_sample(*args, **options)
+            rejection_sample(*args, **options, backend="triton")
     assert len(launches) == 1
 
 
@@ -110,7 +108,7 @@ def test_a_read_would_be_seen(
     read: Callable[[Tensor], Any], error: type[Exception]
 ) -> None:
     with FakeTensorMode(), pytest.raises(error):
-        read(torch.empty(3, device="cuda"))
+        read(torch.empty(3))
 
 
 def pointers(launches: Launches) -> list[Any]:

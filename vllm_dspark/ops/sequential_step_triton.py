@@ -18,6 +18,8 @@ NONE = tl.constexpr(0)
 VANILLA = tl.constexpr(1)
 GATED = tl.constexpr(2)
 RNN = tl.constexpr(3)
+# The interpreter multiplies the bit patterns of bfloat16 operands (Triton 3.9).
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -69,7 +71,7 @@ def product(
             mask=c_mask[None, :] & inside[:, None],
             other=0.0,
         )
-        if b.dtype == tl.bfloat16:
+        if b.dtype == tl.bfloat16 and not INTERPRETED:
             if a.dtype == tl.float32:
                 for _ in tl.static_range(3):
                     piece = a.to(tl.bfloat16)
@@ -78,7 +80,8 @@ def product(
             else:
                 acc = tl.dot(a, b, acc)
         else:
-            acc = tl.dot(a.to(tl.float32), b, acc, input_precision="ieee")
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 

@@ -38,7 +38,8 @@ ROWS = 16  # requests that share a tile of W2: the least a matrix product takes
 BLOCK = 128  # columns of a program: 1187 programs at a vocabulary of 151,936
 MERGE = 128  # blocks merged at a time
 CHUNK = 64  # of the rank, the inner dimension of the products
-JOINT = 16  # the same with a float32 joint layer, whose products are unrolled
+JOINT_BF16 = 32  # the same of the joint layer: 64 spills in the rnn head
+JOINT_F32 = 16  # float32 products are unrolled
 SELECT_BLOCK = 4096
 FINISH_BLOCK = 1024
 NUM_WARPS = 4
@@ -152,7 +153,7 @@ def head_options(head: SequentialHead, hidden: int) -> dict[str, Any]:
         "RANK": head.rank,
         "ROWS": ROWS,
         "CHUNK": CHUNK,
-        "JOINT": CHUNK if _type(head) == torch.bfloat16 else JOINT,
+        "JOINT": JOINT_BF16 if _type(head) == torch.bfloat16 else JOINT_F32,
     }
 
 

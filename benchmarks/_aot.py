@@ -53,11 +53,21 @@ class Launch:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one binary uses; spills are bytes (NVIDIA) or registers (AMD)."""
+    """What one binary uses.
+
+    Attributes:
+        registers: of a thread; vector registers on AMD.
+        shared_bytes: of a program.
+        spills: bytes stored and loaded (NVIDIA) or vector registers spilled (AMD).
+        scalar_spills: AMD's scalar registers kept in lanes of vector registers.
+        local_bytes: local memory of a thread that spills or arrays take.
+    """
 
     registers: int
     shared_bytes: int
     spills: int
+    scalar_spills: int
+    local_bytes: int
 
 
 class Recorder:
@@ -110,9 +120,10 @@ def _nvidia(ptx: str, arch: int, fusion: bool, shared: int) -> Usage:
         command += [f"--gpu-name={found[1]}", str(file), "-o", f"{file}.o"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     registers = re.search(r"Used (\d+) registers", done.stderr)
+    stack = re.search(r"(\d+) bytes stack frame", done.stderr)
     spills = re.findall(r"(\d+) bytes spill", done.stderr)  # stores and loads
-    assert registers is not None and len(spills) == 2, done.stderr
-    return Usage(int(registers[1]), shared, sum(map(int, spills)))
+    assert registers and stack and len(spills) == 2, done.stderr
+    return Usage(int(registers[1]), shared, sum(map(int, spills)), 0, int(stack[1]))
 
 
 def _amd(assembly: str, shared: int) -> Usage:
@@ -121,5 +132,10 @@ def _amd(assembly: str, shared: int) -> Usage:
         assert found is not None, name
         return int(found[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return Usage(field("vgpr_count"), shared, spills)
+    return Usage(
+        field("vgpr_count"),
+        shared,
+        field("vgpr_spill_count"),
+        field("sgpr_spill_count"),
+        field("private_segment_fixed_size"),
+    )

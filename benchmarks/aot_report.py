@@ -14,6 +14,7 @@ computed and not measured: none of these kernels has run on a GPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -23,21 +24,25 @@ from _aot import TARGETS, Launch, Recorder, compile_launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_dspark.ops import rejection_triton, sequential_triton
-from vllm_dspark.ops.sequential import SequentialHead, SequentialInputs
 from vllm_dspark.ops.rejection import RejectionInputs
+from vllm_dspark.ops.sequential import SequentialHead, SequentialInputs
 
 # Published peak memory bandwidth, bytes a second (NVIDIA's data sheets: H100 SXM 3.35
 # TB/s, B200 8 TB/s).
 BANDWIDTH = {"H100": 3.35e12, "B200": 8.0e12}
 R, K, V, D, RANK, TOPK = 32, 7, 151_936, 4096, 256, 64
 BF16, F32, I32, F64 = 2, 4, 4, 8
+# Columns of the file only: the table has no room.
+HIDDEN = ("scalar_spills", "local_bytes", "programs", "moved_us_H100", "moved_us_B200")
 
 
-def sequential_launches(
-    head_type: str, topk: int | None, greedy: bool
-) -> list[Launch]:
+def sequential_launches(head_type: str, topk: int | None, greedy: bool) -> list[Launch]:
     """What one drafted block launches: one launch of each kernel."""
-    weights = {"vanilla": None, "gated": (RANK, D + RANK), "rnn": (3 * RANK, D + 2 * RANK)}
+    weights = {
+        "vanilla": None,
+        "gated": (RANK, D + RANK),
+        "rnn": (3 * RANK, D + 2 * RANK),
+    }
     shape, bf16 = weights[head_type], torch.bfloat16
     recorder = Recorder()
     with FakeTensorMode():
@@ -146,7 +151,7 @@ def other_bytes(launch: Launch) -> tuple[int, int]:
         width = launch.args[6]
         return 2 * R * K * width * F32, 2 * R * K * width * F32
     if launch.name == "project_kernel":
-        outputs, size = launch.args[11], launch.args[6].element_size()
+        outputs, size = launch.args[10], launch.args[5].element_size()
         hidden, weight = R * K * D * BF16, outputs * D * size
         out = R * K * outputs * F32
         tiles = launch.grid
@@ -171,8 +176,10 @@ def report(targets: list[str], kernels: list[str]) -> list[dict[str, Any]]:
     for name, launches in configurations().items():
         seen: set[tuple[str, int]] = set()
         for launch in launches:
-            outputs = launch.args[11] if launch.name == "project_kernel" else 0
-            if (launch.name, outputs) in seen or launch.name not in (kernels or [launch.name]):
+            outputs = launch.args[10] if launch.name == "project_kernel" else 0
+            if (launch.name, outputs) in seen or launch.name not in (
+                kernels or [launch.name]
+            ):
                 continue
             seen.add((launch.name, outputs))
             needed, moved = bytes_of(launch)
@@ -182,9 +189,7 @@ def report(targets: list[str], kernels: list[str]) -> list[dict[str, Any]]:
                     "kernel": launch.name,
                     "configuration": name,
                     "target": target,
-                    "registers": usage.registers,
-                    "shared_bytes": usage.shared_bytes,
-                    "spills": usage.spills,
+                    **dataclasses.asdict(usage),
                     "programs": launch.grid,
                     "bytes_needed": needed,
                     "bytes_moved": moved,
@@ -193,7 +198,6 @@ def report(targets: list[str], kernels: list[str]) -> list[dict[str, Any]]:
                     row[f"roofline_us_{card}"] = round(needed / bandwidth * 1e6, 2)
                     row[f"moved_us_{card}"] = round(moved / bandwidth * 1e6, 2)
                 rows.append(row)
-                print(*list(row.values())[:6], flush=True)
     return rows
 
 
@@ -204,7 +208,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=[])
     args = parser.parse_args()
     rows = report(args.targets, args.kernels)
-    columns = list(rows[0])
+    columns = [c for c in rows[0] if c not in HIDDEN]
     common.print_table(
         f"R={R} K={K} V={V} d={D} r={RANK}; computed, not measured",
         columns,

@@ -1,8 +1,9 @@
 """What a CUDA graph may capture of the Triton paths, shown without a GPU.
 
 Arguments are fake tensors, which have no values, and launches are recorded instead of
-made: a value read on the host, or a shape that depends on one, is an error. What a captured launch was given must be there at each replay: with the
-same buffers, every pointer of every launch is the same.
+made: a value read on the host, or a shape that depends on one, is an error. What a
+captured launch was given must be there at each replay: with the same buffers, every
+pointer of every launch is the same.
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ def test_drafting_reads_nothing_on_the_host(
 ) -> None:
     block = make_block(1, make_head(1, head_type, draft_vocab=77), topk=topk)
     with FakeTensorMode():
-        head = replace(
-            block.head, **{k: fake(v) for k, v in vars(block.head).items()}
-        )
+        head = replace(block.head, **{k: fake(v) for k, v in vars(block.head).items()})
         options = {k: fake(v) for k, v in block.options.items()}
         tensors = map(fake, (block.base, block.hidden, block.anchors))
         result = draft_sequential(*tensors, head, **options, backend="triton")
@@ -86,12 +85,14 @@ def test_verifying_reads_nothing_on_the_host(launches: Launches, drafts: str) ->
     with FakeTensorMode():
         args = list(map(fake, (case.logits, case.draft_ids, case.lengths)))
         options: Any = {k: fake(v) for k, v in case.options.items()}
-        result = rejection_sample(*args, **options, max_draft_tokens=7, backend="triton")
+        result = rejection_sample(
+            *args, **options, max_draft_tokens=7, backend="triton"
+        )
         assert result.backend == "triton"
         assert result.token_ids.shape == (5, 8)
         # Without the bound the lengths are read, and fake tensors say so.
         with pytest.raises(DataDependentOutputException):
-            rejection_sample(*args, **options, backend="triton")
+            rejection_sample(*args, **options)
     assert len(launches) == 1
 
 

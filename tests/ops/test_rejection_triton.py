@@ -7,13 +7,11 @@ can compile no more; so the two live in processes of their own.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests.ops.interpreter import run_script
 from vllm_dspark.ops import rejection_sample
 
 pytestmark = pytest.mark.skipif(
@@ -59,7 +57,7 @@ arguments = {
 every = (("*bf16", 0), ("*fp32", 1), ("*bf16", 2))
 for capability, modes in ((80, every[1:]), (90, every), (100, every[:2])):
     for logits, mode in modes:
-        constants = {"MODE": mode, "RANDOM": True, "BLOCK": rt.BLOCK, "CHUNK": 1024}
+        constants = {"MODE": mode, "RANDOM": True, "BLOCK": rt.BLOCK, "CHUNK": 512}
         signature = {**arguments, "logits": logits}
         signature.update({name: "constexpr" for name in constants})
         source = ASTSource(rt.rejection_kernel, signature, constexprs=constants)
@@ -71,24 +69,12 @@ for capability, modes in ((80, every[1:]), (90, every), (100, every[:2])):
 """
 
 
-def run_script(script: str, interpret: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TRITON_INTERPRET": interpret},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-    return done.stdout
-
-
 def test_interpreted_equals_reference() -> None:
-    assert run_script(INTERPRET, "1").strip() == "interpreted"
+    assert run_script(INTERPRET, interpret=True).strip() == "interpreted"
 
 
 def test_compiles_for_gpus() -> None:
-    assert run_script(COMPILE, "0").count("compiled") == 7
+    assert run_script(COMPILE, interpret=False).count("compiled") == 7
 
 
 def test_cpu_tensors_are_refused() -> None:

@@ -123,4 +123,3 @@ def test_cpu_tensors_are_refused() -> None:
     args = (block.base, block.hidden, block.anchors, block.head)
     with pytest.raises(RuntimeError, match=r"needs CUDA tensors, got cpu.*INTERPRET=1"):
         draft_sequential(*args, backend="triton", **block.options)
-

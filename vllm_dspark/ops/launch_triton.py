@@ -1,4 +1,4 @@
-"""How every Triton kernel of this package is launched: one place, for tests to stand in.
+"""How every Triton kernel of this package is launched: one place, for tests to replace.
 
 Launching neither reads a value on the host nor makes a shape depend on one.
 """
@@ -9,9 +9,7 @@ import triton
 from torch import Tensor
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Launches `grid` programs of a kernel."""
     kernel[grid](*args, **constants)
 

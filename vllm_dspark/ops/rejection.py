@@ -41,7 +41,7 @@ class RejectionResult:
 
 @dataclass(frozen=True)
 class RejectionInputs:
-    """Checked arguments of `rejection_sample`; no request has more than `most` drafts."""
+    """Checked arguments of `rejection_sample`; no l_r is larger than `most`."""
 
     target_logits: Tensor
     draft_token_ids: Tensor

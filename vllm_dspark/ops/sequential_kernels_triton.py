@@ -97,8 +97,8 @@ def begin_kernel(
 @triton.jit(do_not_specialize=["k", "requests", "positions"])
 def step_kernel(
     k, base, stride_r, stride_k, requests, positions, width, w2, candidates,
-    draft_to_target, temperature, uniforms, logits, logits_stride_r, logits_stride_k, tops, args, sums,
-    arrivals, token_ids, picks, row_tops, row_scales,
+    draft_to_target, temperature, uniforms, logits, logits_stride_r, logits_stride_k,
+    tops, args, sums, arrivals, token_ids, picks, row_tops, row_scales,
     w1, joint, joint_stride, markov_column, joint_hidden, states, latent, hidden_logits,
     markov_weight, confidences, survivals, finite,
     HEAD: tl.constexpr, SCORED: tl.constexpr, RANDOM: tl.constexpr, TOPK: tl.constexpr,
@@ -190,7 +190,17 @@ def step_kernel(
 
 
 @triton.jit(do_not_specialize=["positions"])
-def finish_kernel(probs, picks, row_tops, row_scales, temperature, positions, width, RANDOM: tl.constexpr, BLOCK: tl.constexpr):
+def finish_kernel(
+    probs,
+    picks,
+    row_tops,
+    row_scales,
+    temperature,
+    positions,
+    width,
+    RANDOM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Logits into probabilities, in place; one-hot where the choice was greedy."""
     i = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -18,7 +18,8 @@ NONE = tl.constexpr(0)
 VANILLA = tl.constexpr(1)
 GATED = tl.constexpr(2)
 RNN = tl.constexpr(3)
-# The interpreter multiplies the bit patterns of bfloat16 operands (Triton 3.9).
+# The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16 operands, and
+# truncates where hardware rounds to the nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -34,6 +35,13 @@ def tanh(x):
     series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0)))
     exact = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     return tl.where(tl.abs(x) < 0.02, series, exact)
+
+
+@triton.jit
+def _rounded(x):
+    """float32 rounded so that truncation to bfloat16 gives the nearest."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -86,7 +94,9 @@ def product(
 
 
 @triton.jit
-def gathered_product(w, w_stride, ids, mask, x, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+def gathered_product(
+    w, w_stride, ids, mask, x, SIZE: tl.constexpr, CHUNK: tl.constexpr
+):
     """w[ids] · x for one vector x, ``[len(ids)]``."""
     lanes = tl.arange(0, CHUNK)
     acc = tl.zeros([ids.shape[0]], tl.float32)
@@ -127,7 +137,9 @@ def store_block(
 
 
 @triton.jit
-def merge_argmax(tops, args, rows, r_mask, blocks, width, ROWS: tl.constexpr, MERGE: tl.constexpr):
+def merge_argmax(
+    tops, args, rows, r_mask, blocks, width, ROWS: tl.constexpr, MERGE: tl.constexpr
+):
     """Largest logit, its lowest column, and whether no logit was NaN, ``[ROWS]``."""
     lanes = tl.arange(0, MERGE)
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -148,7 +160,9 @@ def merge_argmax(tops, args, rows, r_mask, blocks, width, ROWS: tl.constexpr, ME
 
 
 @triton.jit
-def _contributions(tops, sums, rows, r_mask, blocks, start, inv_t, ztop, MERGE: tl.constexpr):
+def _contributions(
+    tops, sums, rows, r_mask, blocks, start, inv_t, ztop, MERGE: tl.constexpr
+):
     """Weights of MERGE blocks relative to the row's largest logit, float64."""
     lanes = tl.arange(0, MERGE)
     mask = r_mask[:, None] & (start + lanes < blocks)[None, :]
@@ -254,11 +268,21 @@ def latents(
                     tl.store(new_state + at, new, mask=mask)
                 else:
                     value = tanh(acc)
+        if latent.dtype.element_ty == tl.bfloat16 and INTERPRETED:
+            value = _rounded(value)
         tl.store(latent + at, value.to(latent.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def markov_confidence(previous, r_mask, w1, weight, RANK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+def markov_confidence(
+    previous,
+    r_mask,
+    w1,
+    weight,
+    RANK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """W1[x]'s share of the confidence's logit, ``[ROWS]``."""
     lanes = tl.arange(0, CHUNK)
     acc = tl.zeros([ROWS], tl.float32)

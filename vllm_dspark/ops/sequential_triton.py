@@ -48,7 +48,6 @@ OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 HEADS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
 
 
-
 @dataclass(frozen=True)
 class Buffers:
     """Everything that a call writes, for R requests, K positions and S columns.
@@ -103,7 +102,7 @@ def make_buffers(inputs: SequentialInputs) -> Buffers:
         return torch.empty(shape, dtype=dtype, device=device)
 
     columns = (k if inputs.return_probs else 1) if random or inputs.return_probs else 0
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = triton.cdiv(width, block_of(width))
     return Buffers(
         token_ids=empty(r, k, dtype=torch.int64),
         picks=empty(r, k, dtype=torch.int32),
@@ -121,11 +120,14 @@ def make_buffers(inputs: SequentialInputs) -> Buffers:
         sums=empty(r, blocks, dtype=torch.float64),
         row_tops=empty(r, k),
         row_scales=empty(r, k),
-        arrivals=torch.zeros(
-            triton.cdiv(r, ROWS), dtype=torch.int32, device=device
-        ),
+        arrivals=torch.zeros(triton.cdiv(r, ROWS), dtype=torch.int32, device=device),
         nothing=torch.zeros(1, device=device),
     )
+
+
+def block_of(width: int) -> int:
+    """Columns of a program; a matrix product takes 16 at least."""
+    return min(BLOCK, max(16, int(triton.next_power_of_2(width))))
 
 
 def _type(head: SequentialHead) -> torch.dtype:
@@ -159,8 +161,8 @@ def head_options(head: SequentialHead, hidden: int) -> dict[str, Any]:
 
 def draft(inputs: SequentialInputs, b: Buffers) -> SequentialDraft:
     """One call that writes into `b`, whose tensors the result shares."""
-    base, head = inputs.base_logits, inputs.head
-    r, k, vocab = base.shape
+    head = inputs.head
+    r, k, _ = inputs.base_logits.shape
     if r and k:
         _prepare(inputs, b)
         shared = _advance_arguments(inputs, b)
@@ -194,7 +196,6 @@ def draft(inputs: SequentialInputs, b: Buffers) -> SequentialDraft:
 def _prepare(inputs: SequentialInputs, b: Buffers) -> None:
     """Candidates, and the products that no draft changes."""
     base, head = inputs.base_logits, inputs.head
-    width = inputs.hidden.shape[2]
     r, k, vocab = base.shape
     if inputs.topk is not None:
         launch(
@@ -277,9 +278,10 @@ def _step(
     base, head = inputs.base_logits, inputs.head
     r, positions, vocab = base.shape
     width, topk = inputs.topk or vocab, inputs.topk is not None
+    block = block_of(width)
     launch(
         kernels.step_kernel,
-        (triton.cdiv(width, BLOCK), r if topk else triton.cdiv(r, ROWS)),
+        (triton.cdiv(width, block), r if topk else triton.cdiv(r, ROWS)),
         k,
         base,
         base.stride(0),
@@ -307,8 +309,8 @@ def _step(
         RANDOM=inputs.temperature is not None and inputs.uniforms is not None,
         TOPK=topk,
         REDUCED=head.draft_to_target is not None,
-        BLOCK=BLOCK,
-        MERGE=MERGE,
+        BLOCK=block,
+        MERGE=min(MERGE, triton.next_power_of_2(b.tops.shape[1])),
         **options,
         **OPTIONS,
     )

@@ -36,7 +36,9 @@ def topk_kernel(
     row = logits + (i // positions) * stride_r + (i % positions) * stride_k
     lanes = tl.arange(0, BLOCK)
     bins = tl.arange(0, 256)
-    need = tl.zeros([], tl.int32) + topk  # how many of those equal to the prefix so far are wanted
+    need = (
+        tl.zeros([], tl.int32) + topk
+    )  # how many of those equal to the prefix so far are wanted
     prefix = tl.zeros([], tl.int32)
     for p in tl.static_range(PASSES):
         shift = 8 * (PASSES - 1 - p)

@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vllm_dspark.ops import sequential_kernels_triton as kernels
+from vllm_dspark.ops import seq_kernels_triton as kernels
 from vllm_dspark.ops.launch_triton import launch, require_device
 from vllm_dspark.ops.sequential import (
     SequentialDraft,

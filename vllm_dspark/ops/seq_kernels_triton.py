@@ -1,6 +1,6 @@
 """The kernels of `sequential_triton`: before a block, for each step of it, and after.
 
-See there for what is computed where, and `sequential_step_triton` for the parts.
+See there for what is computed where, and `seq_parts_triton` for the parts.
 """
 
 # Kernels are no Python functions: their arguments have no Python types.
@@ -9,7 +9,7 @@ See there for what is computed where, and `sequential_step_triton` for the parts
 import triton
 import triton.language as tl
 
-from vllm_dspark.ops import sequential_step_triton as step
+from vllm_dspark.ops import seq_parts_triton as step
 
 
 @triton.jit(do_not_specialize=["requests", "positions"])

@@ -2,8 +2,8 @@
 
 vLLM calls :func:`register` in every process it starts (API server, engine core,
 workers), before it builds its configuration. It is idempotent and cheap, and what
-it installs is inert unless the speculative method is ``dspark`` and vLLM serves on
-the V1 model runner: on the V2 runner vLLM's own DSpark is left alone.
+it installs is inert unless the speculative method is ``dspark``. On the V1 model
+runner DSpark is ours; on the V2 runner it is vLLM's own, extended.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ def test_every_symbol_is_there(compat: Any) -> None:
     compat.require()
 
 
+def test_every_symbol_of_the_v2_adapter_is_there(compat: Any) -> None:
+    assert [row for row in compat.symbol_report_v2() if not row.ok] == []
+    assert compat.v2_trouble() is None
+
+
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0+cpu", "nightly"])
 def test_another_version_is_refused(
     compat: Any, monkeypatch: pytest.MonkeyPatch, version: str
@@ -117,9 +122,10 @@ def is_listed(module: str, name: str, paths: list[str]) -> bool:
 
 def test_every_import_stands_in_the_table(compat: Any) -> None:
     paths = [symbol.path for symbol in compat.SYMBOLS]
+    paths += [path for path, _, _ in compat.SYMBOLS_V2]
     imports = [
         (file.name, module, name)
-        for file in sorted(PACKAGE.glob("*.py"))
+        for file in sorted(PACKAGE.rglob("*.py"))
         for module, name in vllm_imports(file.read_text())
     ]
     assert len(imports) > 30

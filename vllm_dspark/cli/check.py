@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("vllm", lambda: vllm_facts(problems)),
         ("platform", platform_facts),
         ("symbols", lambda: symbol_facts(problems)),
+        ("symbols of the V2 adapter", lambda: v2_symbol_facts(problems)),
         ("kernels", lambda: kernel_facts(problems)),
     ]
     if arguments.target:
@@ -133,6 +134,16 @@ def symbol_facts(problems: list[str]) -> Facts:
     rows = [asdict(row) for row in _compat().symbol_report()]
     broken = [f"{r['symbol']}: {r['detail']}" for r in rows if not r["ok"]]
     problems += [f"vLLM symbol {line}" for line in broken]
+    return {"checked": len(rows), "broken": len(broken), "rows": rows}
+
+
+def v2_symbol_facts(problems: list[str]) -> Facts:
+    """What the V2 adapter touches; a problem only where the V2 runner serves."""
+    rows = [asdict(row) for row in _compat().symbol_report_v2()]
+    broken = [row for row in rows if not row["ok"]]
+    trouble = _compat().v2_trouble()
+    if trouble and platform_facts()["runner"].startswith("V2"):
+        problems.append(f"V2 runner: vLLM's own DSpark serves alone: {trouble}")
     return {"checked": len(rows), "broken": len(broken), "rows": rows}
 
 

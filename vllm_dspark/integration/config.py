@@ -63,7 +63,7 @@ def activate(vllm_config: Any) -> None:
     compat.require()
     chosen = options(vllm_config)
     _check_trace(chosen.trace)
-    _check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
+    check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
     _check_policy(vllm_config.speculative_config, chosen.policy)
     # Ours needs neither CUDA graphs nor the rest of what vLLM asks for its own.
     vllm_config.speculative_config.enable_adaptive_verification = False
@@ -83,7 +83,7 @@ def _check_trace(trace: str | None) -> None:
         )
 
 
-def _check_files(named: dict[str, str | None]) -> None:
+def check_files(named: dict[str, str | None]) -> None:
     for name, path in named.items():
         if path is not None and not os.path.isfile(path):
             raise ValueError(

@@ -158,7 +158,7 @@ class DSparkDraftModel(DFlashQwen3ForCausalLM):
         elif drafter.has_reduced_vocab:
             ids = self.head.draft_to_target
             assert ids is not None
-            rows = _target_lm_head_rows(target, ids.long())
+            rows = target_lm_head_rows(target, ids.long())
             weight = self.lm_head.weight
             weight.weight_loader(weight, rows.to(weight.dtype))
 
@@ -195,7 +195,7 @@ class DSparkDraftModel(DFlashQwen3ForCausalLM):
         return logits
 
 
-def _target_lm_head_rows(target: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def target_lm_head_rows(target: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Rows ``ids`` of the target's LM head, gathered over tensor-parallel ranks.
 
     Shape: ids [n] int64 → [n, d]. Every rank gets all rows: exact, as exactly one

@@ -1,7 +1,7 @@
 """The functions of vLLM that the plugin replaces: few, idempotent, each with a reason.
 
 Every wrapper calls vLLM's own function and returns its result unchanged unless the
-speculative method is ``dspark`` and the runner is V1.
+speculative method is ``dspark``; all but one are about the V1 runner only.
 """
 
 from __future__ import annotations
@@ -65,6 +65,25 @@ def _allow_dspark_on_v1(original: Any) -> Any:
     return unsupported_features
 
 
+def _extend_dspark_on_v2(original: Any) -> Any:
+    """``VllmConfig._validate_v2_model_runner``.
+
+    Symptom: on the V2 runner only vLLM's own DSpark runs. Cause: its workers name
+    their parts. This is the one place that vLLM reaches exactly when it has decided
+    on the V2 runner. Remove when: vLLM has a registry for speculators.
+    """
+
+    def validate(self: Any) -> None:
+        original(self)
+        spec = self.speculative_config
+        if spec is not None and spec.method == "dspark":
+            from vllm_dspark.integration.v2 import config
+
+            config.activate(self)
+
+    return validate
+
+
 def _allow_min_p_and_logit_bias(original: Any) -> Any:
     """``SamplingParams._validate_spec_decode``.
 
@@ -114,6 +133,7 @@ def _at_start() -> list[Patch]:
     name = "_get_v1_model_runner_unsupported_features"
     return [
         (VllmConfig, name, _allow_dspark_on_v1),
+        (VllmConfig, "_validate_v2_model_runner", _extend_dspark_on_v2),
         (SpeculativeConfig, "__post_init__", _read_drafter_first),
     ]
 
@@ -125,7 +145,7 @@ def _on_activation() -> list[Patch]:
 
 
 def install() -> None:
-    """Install the patches that notice a configuration with DSpark on V1.
+    """Install the patches that notice a configuration with DSpark.
 
     Nothing is refused here: whether this vLLM is one the plugin supports is judged
     by ``compat.require`` when a configuration asks for it.

@@ -98,7 +98,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             ]
             outputs = eng.generate([row["prompt"] for row in wave], params)
             texts += [vars(text_of(output)) for output in outputs]
-    return {"texts": texts, "blocks": recorder.blocks}
+        speculator = type(runner.speculator).__module__
+    return {"texts": texts, "blocks": recorder.blocks, "speculator": speculator}
 
 
 def main() -> None:

@@ -1,0 +1,53 @@
+"""Puts our workers into a configuration with DSpark on the V2 runner.
+
+Runs inside ``VllmConfig.__post_init__`` (see `patches`). Whatever does not fit leaves
+vLLM's own DSpark as it is, with a line in the log that says why; only what the user
+asked of us and cannot have is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+from vllm_dspark.integration import compat
+from vllm_dspark.integration.config import check_files, options
+
+logger = logging.getLogger("vllm_dspark")
+
+_WORKER = "vllm_dspark.integration.v2.worker."
+# What vLLM's platforms put there when the user named no worker class.
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": _WORKER + "DSparkV2CPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": _WORKER + "DSparkV2GPUWorker",
+}
+
+
+def activate(vllm_config: Any) -> None:
+    """Extend vLLM's DSpark, if this vLLM is one that the adapter fits. Idempotent.
+
+    Raises:
+        ValueError: an unknown or bad option, or a file of the user's that is not there.
+    """
+    chosen = options(vllm_config)
+    check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
+    if reason := compat.v2_trouble():
+        _say_once(f"vLLM's own DSpark serves, without vllm-dspark: {reason}")
+        return
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls in WORKERS.values():
+        return
+    if parallel.worker_cls not in WORKERS:
+        _say_once(
+            "vLLM's own DSpark serves, without vllm-dspark: its V2 adapter does not "
+            f"know the worker class {parallel.worker_cls!r}"
+        )
+        return
+    parallel.worker_cls = WORKERS[parallel.worker_cls]
+
+
+@lru_cache(maxsize=8)
+def _say_once(line: str) -> None:
+    """vLLM validates copies of its configuration, too."""
+    logger.warning(line)

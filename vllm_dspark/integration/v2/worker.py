@@ -1,0 +1,27 @@
+"""vLLM's workers with our parts in their V2 runner."""
+
+from __future__ import annotations
+
+import vllm.v1.worker.cpu_worker as cpu_worker
+import vllm.v1.worker.gpu_worker as gpu_worker
+
+from vllm_dspark.integration.say import log_like_vllm
+from vllm_dspark.integration.v2 import hooks
+
+
+class DSparkV2CPUWorker(cpu_worker.CPUWorker):
+    """CPU worker on the V2 runner: for Triton's interpreter, that is for tests."""
+
+    def init_device(self) -> None:
+        log_like_vllm()
+        hooks.install()
+        super().init_device()
+
+
+class DSparkV2GPUWorker(gpu_worker.Worker):
+    """GPU worker on the V2 runner."""
+
+    def init_device(self) -> None:
+        log_like_vllm()
+        hooks.install()
+        super().init_device()

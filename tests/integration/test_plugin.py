@@ -5,7 +5,7 @@
   several, in a fresh process) and imports nothing but the plugin;
 * without speculation, and with another method, vLLM's configuration, outputs and log
   lines are those of a process without the plugin;
-* where vLLM uses its V2 runner, its own DSpark is left alone.
+* where vLLM uses its V2 runner, its own DSpark runs in a worker of ours.
 """
 
 from __future__ import annotations
@@ -193,12 +193,16 @@ else:
 
 
 @pytest.mark.slow
-def test_the_v2_runner_is_left_alone(tiny_target: Path, tiny_drafter: Path) -> None:
+def test_the_v2_runner_is_extended(tiny_target: Path, tiny_drafter: Path) -> None:
+    """Its worker is ours, everything else of the configuration vLLM's."""
     arguments = (V2, tiny_target, tiny_drafter)
     v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
     theirs = run_python(*arguments, VLLM_PLUGINS="", **v2)
-    assert run_python(*arguments, VLLM_PLUGINS=None, **v2) == theirs
+    extended = run_python(*arguments, VLLM_PLUGINS=None, **v2)
     assert theirs["v2"] is True
+    assert theirs["worker_cls"] == "vllm.v1.worker.cpu_worker.CPUWorker"
+    worker = "vllm_dspark.integration.v2.worker.DSparkV2CPUWorker"
+    assert extended == {**theirs, "worker_cls": worker}
     ours = run_python(*arguments, VLLM_PLUGINS=None, VLLM_USE_V2_MODEL_RUNNER="0")
     assert ours["v2"] is False
     assert ours["worker_cls"].startswith("vllm_dspark.")

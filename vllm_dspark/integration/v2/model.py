@@ -84,4 +84,10 @@ class DSparkV2ForCausalLM(Qwen3DSparkForCausalLM):
             assert target is not None
             ids = draft_to_target_ids(state["d2t"]).long()
             state["lm_head.weight"] = target_lm_head_rows(target, ids).cpu()
+        # Not by vLLM's loader, which takes any gate_proj for a part of an MLP's.
+        joint = getattr(self.model.markov_head, _JOINT.get(self.head_type, ""), None)
+        if joint is not None:
+            prefix = f"markov_head.{_JOINT[self.head_type]}."
+            own = {n: state.pop(prefix + n) for n in ("weight", "bias")}
+            joint.load_state_dict(own)
         super().load_weights(state.items())

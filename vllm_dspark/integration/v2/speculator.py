@@ -41,7 +41,7 @@ class DSparkV2Speculator(DSparkSpeculator):
         finally:
             drafter.loading_for.reset(token)
         # Without a confidence head vLLM's own estimator follows the outcomes.
-        if self.use_confidence_head:
+        if model.model.confidence_head is not None:
             self._maps = load_maps(self.vllm_config, self.device)
         return model
 
@@ -51,7 +51,8 @@ class DSparkV2Speculator(DSparkSpeculator):
         In place, where the runner takes it from, and outside the CUDA graph.
         """
         drafts = super().propose(input_batch, *arguments, **keys)
-        if self._maps is not None and not keys.get("dummy_run"):
+        wanted = self.use_confidence_head and not keys.get("dummy_run")
+        if self._maps is not None and wanted:
             rows = input_batch.idx_mapping[: input_batch.num_reqs]
             raw = self.draft_token_confidence_probs[: len(rows)]
             raw.copy_(self._maps.apply(raw, self.temperature[rows]))

@@ -19,6 +19,8 @@ def fake_compat(supported=True, ok=True):
         is_supported=lambda version: supported,
         platform_report=lambda: {"platform": "cpu", "runner": "V1"},
         symbol_report=lambda: (row(**{**ROW, "ok": ok}, detail="it is gone"),),
+        symbol_report_v2=lambda: (row(**{**ROW, "ok": True}, detail="called"),),
+        v2_trouble=lambda: None,
     )
 
 
@@ -104,6 +106,18 @@ def test_plugin_shut_out_by_vllm_plugins(monkeypatch):
     assert "VLLM_PLUGINS" in check.plugin_state()
     monkeypatch.setattr(check, "entry_points", lambda group: [])
     assert "not registered" in check.plugin_state()
+
+
+@pytest.mark.parametrize("runner", ["V1 (vllm-dspark)", "V2 (vLLM's own DSpark)"])
+def test_a_v2_adapter_that_does_not_fit_matters_where_v2_serves(monkeypatch, runner):
+    compat = fake_compat()
+    compat.platform_report = lambda: {"runner": runner}
+    compat.v2_trouble = lambda: "vLLM lacks vllm.x:Y"
+    monkeypatch.setattr(check, "_compat", lambda: compat)
+    problems: list[str] = []
+    check.v2_symbol_facts(problems)
+    assert [p for p in problems if "vllm.x:Y" in p] == problems
+    assert len(problems) == runner.startswith("V2")
 
 
 @pytest.mark.slow

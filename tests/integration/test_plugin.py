@@ -165,14 +165,14 @@ def test_log_lines_are_the_same(without_and_with: tuple[dict, dict]) -> None:
     assert len(without["log"]) > 10
 
 
-# CPU wheels have no Triton; only this flag keeps vLLM from configuring V2 for them.
+# CPU wheels have no Triton; its interpreter keeps vLLM from refusing V2 for them.
 V2 = """
 import json, os, sys
-import vllm.triton_utils
-import vllm.config.vllm
 
 if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
-    vllm.triton_utils.HAS_TRITON = vllm.config.vllm.HAS_TRITON = True
+    from tests.integration.oracle import v2_patches
+
+    v2_patches.install()
 from vllm.engine.arg_utils import EngineArgs
 
 spec = {"method": "dspark", "model": sys.argv[2], "num_speculative_tokens": 4}
@@ -195,6 +195,7 @@ else:
 @pytest.mark.slow
 def test_the_v2_runner_is_extended(tiny_target: Path, tiny_drafter: Path) -> None:
     """Its worker is ours, everything else of the configuration vLLM's."""
+    pytest.importorskip("triton", reason="vLLM's V2 runner is interpreted with Triton")
     arguments = (V2, tiny_target, tiny_drafter)
     v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
     theirs = run_python(*arguments, VLLM_PLUGINS="", **v2)

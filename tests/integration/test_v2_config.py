@@ -1,0 +1,61 @@
+"""Where the V2 adapter stays away, vLLM's own DSpark serves and the log says why."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_dspark.integration import compat
+from vllm_dspark.integration.v2 import config as v2_config
+
+STOCK = "vllm.v1.worker.gpu_worker.Worker"
+
+
+def configuration(worker: str, **ours: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        additional_config={"dspark": ours},
+        parallel_config=SimpleNamespace(worker_cls=worker),
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    v2_config._say_once.cache_clear()
+    monkeypatch.setattr(compat, "v2_trouble", lambda: None)
+
+
+def test_a_stock_worker_becomes_ours_once() -> None:
+    config = configuration(STOCK)
+    for _ in range(2):
+        v2_config.activate(config)
+        assert config.parallel_config.worker_cls.endswith(".DSparkV2GPUWorker")
+
+
+@pytest.mark.parametrize("worker", [STOCK, "some.other.Worker"])
+def test_what_does_not_fit_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, worker: str
+) -> None:
+    if worker == STOCK:
+        monkeypatch.setattr(compat, "v2_trouble", lambda: "vLLM lacks some.other.Thing")
+    config = configuration(worker)
+    v2_config.activate(config)
+    v2_config.activate(config)
+    assert config.parallel_config.worker_cls == worker
+    assert len(caplog.records) == 1
+    assert "some.other" in caplog.text
+
+
+def test_bad_options_are_refused_before_the_engine_starts() -> None:
+    with pytest.raises(ValueError, match="unknown dspark option 'calibratoin'"):
+        v2_config.activate(configuration(STOCK, calibratoin="x"))
+    with pytest.raises(ValueError, match="there is no such file"):
+        v2_config.activate(configuration(STOCK, calibration="nowhere.json"))
+
+
+def test_another_version_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(compat, "vllm_version", lambda: ("vllm", "0.34.1"))
+    trouble = compat.v2_trouble()
+    assert trouble is not None and "0.34.1" in trouble

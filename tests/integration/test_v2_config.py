@@ -54,6 +54,13 @@ def test_bad_options_are_refused_before_the_engine_starts() -> None:
         v2_config.activate(configuration(STOCK, calibration="nowhere.json"))
 
 
+def test_options_without_effect_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    v2_config.activate(configuration(STOCK, calibration=__file__))
+    assert caplog.text == ""
+    v2_config.activate(configuration(STOCK, bypass=False, policy="fixed"))
+    assert "without effect on the V2 runner so far: bypass, policy" in caplog.text
+
+
 def test_another_version_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(compat, "vllm_version", lambda: ("vllm", "0.34.1"))

@@ -23,6 +23,8 @@ WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": _WORKER + "DSparkV2GPUWorker",
 }
 
+_SERVED = ("calibration",)  # of our options; the others are for the V1 runner so far
+
 
 def activate(vllm_config: Any) -> None:
     """Extend vLLM's DSpark, if this vLLM is one that the adapter fits. Idempotent.
@@ -45,6 +47,12 @@ def activate(vllm_config: Any) -> None:
         )
         return
     parallel.worker_cls = WORKERS[parallel.worker_cls]
+    given = sorted(set((vllm_config.additional_config or {}).get("dspark") or ()))
+    if without := [key for key in given if key not in _SERVED]:
+        _say_once(
+            f"dspark options without effect on the V2 runner so far: "
+            f"{', '.join(without)}; vLLM's own settings rule there"
+        )
 
 
 @lru_cache(maxsize=8)

@@ -135,6 +135,16 @@ SYMBOLS: tuple[Symbol, ...] = (
         "overridden: confidences arrive here",
     ),
     _s(
+        "vllm.v1.core.sched.scheduler:Scheduler.get_grammar_bitmask",
+        "scheduler_output",
+        "overridden: sampled drafts outside of the grammar are in the step",
+    ),
+    _s(
+        "vllm.v1.structured_output:StructuredOutputManager.validate_tokens",
+        "request spec_tokens",
+        "called: which of the step's drafts those are",
+    ),
+    _s(
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         "scheduler_output model_runner_output",
         "overridden: drafts arrive with the output",

@@ -21,11 +21,10 @@ from vllm.v1.request import Request
 
 from vllm_dspark.calibration.online import Prediction
 from vllm_dspark.integration.build import build_controller
+from vllm_dspark.integration.grammar import PADDING, keep_forbidden, without_forbidden
 from vllm_dspark.integration.report import StepReport, give_skip, take_report
 from vllm_dspark.integration.say import Sayer
 from vllm_dspark.schedule.facts import Batch
-
-PADDING = -1  # vLLM's placeholder among drafts
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class DSparkScheduler(Scheduler):
         self.draft_confidences: dict[str, np.ndarray] = {}
         self.controller = build_controller(self.vllm_config, self.num_spec_tokens)
         self._sayer = Sayer(self.controller)
+        spec = self.vllm_config.speculative_config
+        self._samples_drafts = spec.draft_sample_method == "probabilistic"
         self._planned: _Planned | None = None
         self._started: float | None = None  # of the step before, if it was busy since
         self._worked = 0.0  # seconds of the worker in it
@@ -175,6 +176,12 @@ class DSparkScheduler(Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         super().update_draft_token_ids(draft_token_ids)
+        if self._samples_drafts:
+            ids, blocks = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
+            for req_id, drafts in zip(ids, blocks, strict=True):
+                request = self.requests.get(req_id)
+                if request is not None and not request.is_finished():
+                    keep_forbidden(request, drafts)
         confidences = getattr(draft_token_ids, "confidences", None)
         self.draft_confidences = {}
         if confidences is None:
@@ -184,6 +191,13 @@ class DSparkScheduler(Scheduler):
             if request is not None and request.spec_token_ids:
                 # Structured output may have cut the drafts; the prefix stays valid.
                 self.draft_confidences[req_id] = row[: len(request.spec_token_ids)]
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        if self._samples_drafts and scheduler_output.has_structured_output_requests:
+            scheduler_output = without_forbidden(
+                scheduler_output, self.requests, self.structured_output_manager
+            )
+        return super().get_grammar_bitmask(scheduler_output)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.controller.forget([request.request_id])

@@ -24,8 +24,9 @@ it is verified. Each function keeps to one of these rules:
    rounds. Two rounds before is the paper's choice, for the device's sake.
 
 What callers give must obey too. ``num_drafts[r] >= k`` may not depend on x_k: a block
-cut where a grammar forbids x_k breaks this, a token limit does not. Base tokens, costs,
-goals and budgets may not depend on any of the step's drafts.
+cut before an x_k that a grammar forbids breaks this (`integration.grammar` mends it), a
+block cut after it does not, nor does a token limit. Base tokens, costs, goals and
+budgets may not depend on any of the step's drafts.
 """
 
 from __future__ import annotations

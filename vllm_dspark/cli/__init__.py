@@ -18,6 +18,7 @@ SUBCOMMANDS = (
     "train",
     "calibrate",
     "evaluate",
+    "profile",
     "convert",
 )
 

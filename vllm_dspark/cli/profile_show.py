@@ -1,7 +1,7 @@
 """Showing a cost table: for people, as a figure, for machines.
 
-The part of `vllm-dspark profile` that needs no engine. Making a table will end in
-`show` as well: what was measured is then shown like what was found in the cache.
+The part of `vllm-dspark profile` that needs no engine. Making a table ends in `show` as
+well: what was measured is shown like what was found in the cache.
 """
 
 from dataclasses import asdict

@@ -8,7 +8,6 @@ which vLLM hands to no request.
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from vllm_dspark import provenance
 from vllm_dspark.cache import cache_root
 from vllm_dspark.integration import compat
 from vllm_dspark.integration.config import drafter_folder, options
+from vllm_dspark.integration.device import device_name
 from vllm_dspark.integration.proposer import StepTokens
 from vllm_dspark.model.checkpoint import weights_hash
 from vllm_dspark.model.target import identify_target
@@ -90,19 +90,12 @@ def _key(config: Any) -> CostKey:
         target=identify_target(model.model).hash,
         drafter=weights_hash(drafter_folder(spec)),
         dtype=str(model.dtype).removeprefix("torch."),
-        device=_device(),
+        device=device_name(),
         threads=torch.get_num_threads(),
         vllm_version=compat.vllm_version()[1],
         compiled=not model.enforce_eager,
         tensor_parallel=config.parallel_config.tensor_parallel_size,
     )
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    machine = provenance.collect([])["machine"]
-    return f"{machine['cpu']} x{machine['cores']} {platform.machine()}"
 
 
 class StepTimer:

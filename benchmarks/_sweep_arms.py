@@ -160,22 +160,21 @@ class Fleet(contextlib.ExitStack):
         self.servers.clear()
 
 
-def check_memory(first: float, before: float, after: float, more: int) -> None:
-    """Whether further servers fit, judged by the first one.
+def check_memory(each: float, available: float, more: int) -> None:
+    """Whether further servers fit.
 
     Args:
-        first: GiB the first one should take at least (its K/V cache).
-        before, after: available memory around the start of the first, GiB.
+        each: GiB of one.
+        available: GiB that are left.
         more: how many more shall start.
 
     Raises:
         ValueError: they do not fit.
     """
-    each = max(first, before - after)
-    if more * each > after:
+    if more * each > available:
         raise ValueError(
             f"{more} more servers of about {each:.1f} GiB each do not fit into the "
-            f"{after:.1f} GiB that are left: name fewer --arms, or use "
+            f"{available:.1f} GiB that are left: name fewer --arms, or use "
             "--one-at-a-time or a smaller --kv-gib"
         )
 
@@ -185,17 +184,24 @@ def available_gib() -> float:
     return float(psutil.virtual_memory().available) / 2**30
 
 
-def idle_load(servers: Mapping[str, Server], seconds: float) -> dict[str, float]:
+def own_gib(server: Server) -> float:
+    """Memory that a server and its children share with nobody, GiB."""
+    sizes = [process.memory_full_info().uss for process in _family(server)]
+    return float(sum(sizes)) / 2**30
+
+
+def idle_load(servers: Mapping[str, Server], seconds: float = 5.0) -> dict[str, float]:
     """Cores that each idle server keeps busy; an honest sweep needs about none."""
 
-    def used(pid: int) -> float:
-        try:
-            root = psutil.Process(pid)
-            family = [root, *root.children(recursive=True)]
-            return sum(sum(p.cpu_times()[:2]) for p in family)
-        except psutil.NoSuchProcess:
-            return float("nan")
+    def used(server: Server) -> float:
+        return float(sum(sum(p.cpu_times()[:2]) for p in _family(server)))
 
-    before = {name: used(server.pid) for name, server in servers.items()}
+    time.sleep(1)  # OpenMP threads spin for a moment after their last work
+    before = {name: used(server) for name, server in servers.items()}
     time.sleep(seconds)
-    return {n: (used(s.pid) - before[n]) / seconds for n, s in servers.items()}
+    return {name: (used(s) - before[name]) / seconds for name, s in servers.items()}
+
+
+def _family(server: Server) -> list[psutil.Process]:
+    root = psutil.Process(server.pid)
+    return [root, *root.children(recursive=True)]

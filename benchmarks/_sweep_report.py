@@ -36,9 +36,11 @@ def summarise(
     A ratio is that of two arms in the same run, then the median over runs; the best of
     the others is chosen anew at each load, by its median throughput.
     """
-    runs: Grid = defaultdict(lambda: defaultdict(dict))
+    runs: Grid = {}
     for record in grid:
-        runs[record["arm"]][record["max_concurrency"]][record["run_number"]] = record
+        loads = runs.setdefault(record["arm"], {})
+        at_load = loads.setdefault(record["max_concurrency"], {})
+        at_load[record["run_number"]] = record
     arms: dict[str, Any] = {}
     for arm, loads in runs.items():
         arms[arm] = {}
@@ -69,7 +71,7 @@ def medians(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def ratio(runs: Grid, arm: str, other: str, load: int) -> dict[str, Any] | None:
     """Throughput of one arm to another's, over the runs that both have."""
-    mine, theirs = (runs[a][load] if a in runs else {} for a in (arm, other))
+    mine, theirs = (runs.get(a, {}).get(load, {}) for a in (arm, other))
     both = sorted(set(mine) & set(theirs))
     if not both:
         return None

@@ -51,7 +51,6 @@ import contextlib
 import itertools
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,20 +148,17 @@ class Sweep:
 
     def _start(self, names: list[str]) -> None:
         for i, name in enumerate(names):
-            before = sweep_arms.available_gib()
             try:
                 with self.progress.waiting(f"starting {name}") as show:
                     seconds = self.fleet.start(self.arms[name], show)
             except ValueError as error:
                 self._leave_out(name, str(error))
                 continue
-            after = sweep_arms.available_gib()
-            self.progress.say(
-                f"{name}: ready after {seconds:.0f} s, {before - after:.1f} GiB"
-            )
+            size = sweep_arms.own_gib(self.fleet.servers[name])
+            self.progress.say(f"{name}: ready after {seconds:.0f} s, {size:.1f} GiB")
             if len(self.fleet.servers) == 1:
                 more = len(names) - i - 1
-                sweep_arms.check_memory(self.args.kv_gib, before, after, more)
+                sweep_arms.check_memory(size, sweep_arms.available_gib(), more)
         if not self.fleet.servers and not self.args.one_at_a_time:
             raise ValueError("no server started; the reasons are above")
 
@@ -217,8 +213,7 @@ class Sweep:
         if len(self.fleet.servers) < 2:
             return
         with self.progress.waiting("checking that idle servers are idle"):
-            time.sleep(1)  # OpenMP threads spin for a moment after their last work
-            self.idle = sweep_arms.idle_load(self.fleet.servers, 5.0)
+            self.idle = sweep_arms.idle_load(self.fleet.servers)
         for name, cores in self.idle.items():
             if cores > IDLE_CORES:
                 self.progress.say(

@@ -70,9 +70,17 @@ def medians(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratio(runs: Grid, arm: str, other: str, load: int) -> dict[str, Any] | None:
-    """Throughput of one arm to another's, over the runs that both have."""
+    """Throughput of one arm to another's, over the runs that both have.
+
+    A run counts only where one session measured both: after --resume the machine may
+    have been another, and the two are no pair.
+    """
     mine, theirs = (runs.get(a, {}).get(load, {}) for a in (arm, other))
-    both = sorted(set(mine) & set(theirs))
+    both = [
+        run
+        for run in sorted(set(mine) & set(theirs))
+        if mine[run].get("session") == theirs[run].get("session")
+    ]
     if not both:
         return None
     each = [

@@ -37,7 +37,8 @@ An arm whose server does not start or dies is reported and left out.
 and keys of `vllm bench sweep serve` (its plot command needs seaborn), by-dataset/ with
 the points of --split-datasets, logs/, result.json with our figures and provenance, and
 pareto.png, throughput.png and lengths.png. All is written after each point: Ctrl-C
-leaves what was measured, and --resume goes on from there.
+leaves what was measured, and --resume goes on from there; arms that were measured
+before and after such a break in the same round give no ratio for it.
 
 Figures: verify_length and draft_length are drafts verified and made per request and
 decoding step, steps without drafts included, tau the tokens of such a step;
@@ -239,6 +240,7 @@ class Sweep:
             self._drop(point.arm, str(error))
             return
         record["num_prompts"] = count
+        record["session"] = self.provenance["time_utc"]
         self.results.add(point, record)
         self.speeds[point.arm, point.concurrency] = record["output_throughput"]
         self.progress.done(point, record)

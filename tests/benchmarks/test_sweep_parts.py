@@ -247,6 +247,14 @@ def test_ratios_are_of_the_same_run_and_the_best_other_is_chosen_by_load(
     assert found["arms"]["fixed"]["1"]["ratio_to_none"]["runs"] == [1.5]
 
 
+def test_a_round_measured_in_two_sessions_gives_no_ratio(tmp_path: Path):
+    results = fabricate(tmp_path, {("none", 1, 1): 10.0, ("x", 1, 1): 30.0})
+    for arm, session in (("none", "before"), ("x", "after")):
+        results.add(grid.Point(arm, 1, 0), {**RECORD, "session": session})
+    found = report.summarise(results.records(grid.GRID), [])["arms"]["x"]["1"]
+    assert found["ratio_to_none"]["runs"] == [3.0] and found["runs"] == 2
+
+
 def test_tables_and_figures_bear_arms_with_gaps(tmp_path: Path, capsys):
     pytest.importorskip("matplotlib")
     results = fabricate(tmp_path, {("a", 1, 0): 3.0, ("b", 8, 0): 4.0})

@@ -148,6 +148,12 @@ class Server:
         if status is not None:
             raise ValueError(f"vllm serve ended with status {status}\n{self.why()}")
 
+    @property
+    def pid(self) -> int:
+        """Process id of `vllm serve`, whose engine is one of its children."""
+        assert self._process is not None, "use the server as a context manager"
+        return self._process.pid
+
     def last_line(self) -> str:
         """The last line of the log, without vLLM's prefix."""
         lines = [line for line in self._tail(4096).splitlines() if line.strip()]

@@ -1,0 +1,192 @@
+"""The points of the load sweep, their order, and the files that hold them.
+
+The files are those of `vllm bench sweep serve`: one folder per arm and load with
+``run=N.json`` and ``summary.json``, so that vLLM's plot commands read them. Points of
+one dataset alone lie in a folder beside, so that no plot mixes them with the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _bench_common import provenance
+
+GRID = "mixed"
+SPLIT = "by-dataset"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement; ``dataset`` is None where all are mixed."""
+
+    arm: str
+    concurrency: int
+    run: int
+    dataset: str | None = None
+
+
+def points(
+    arms: Sequence[str],
+    concurrency: Sequence[int],
+    runs: int,
+    split: Iterable[tuple[str, str, int]] = (),
+    one_at_a_time: bool = False,
+) -> list[Point]:
+    """Every point, in the order of measuring.
+
+    The arms take turns at each load, and another one begins at the next load and in the
+    next run: what the machine does in those minutes meets all arms alike.
+
+    Args:
+        split: (arm, dataset, concurrency) measured once a run after the grid.
+        one_at_a_time: each arm does all its loads of a run before the next arm.
+    """
+    found: list[Point] = []
+    for run in range(runs):
+        grid = [
+            Point(arm, load, run)
+            for i, load in enumerate(concurrency)
+            for arm in _rotated(arms, run + (0 if one_at_a_time else i))
+        ]
+        grid += [Point(arm, load, run, dataset) for arm, dataset, load in split]
+        if one_at_a_time:
+            order = {arm: i for i, arm in enumerate(_rotated(arms, run))}
+            grid.sort(key=lambda point: order[point.arm])  # stable
+        found += grid
+    return found
+
+
+def _rotated(arms: Sequence[str], by: int) -> list[str]:
+    by %= len(arms)
+    return [*arms[by:], *arms[:by]]
+
+
+class Results:
+    """The result folder of a sweep.
+
+    Args:
+        folder: created where it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, point: Point) -> Path:
+        """Where a point's record belongs; vLLM's name for the folder."""
+        load = f"max_concurrency={point.concurrency}"
+        if point.dataset is not None:
+            load += f"-dataset={point.dataset}"
+        top = GRID if point.dataset is None else SPLIT
+        # As vLLM's sanitize_filename does.
+        name = f"SERVE--arm={point.arm}-BENCH--{load}".replace("/", "_")
+        return self.folder / top / name.replace("..", "__") / f"run={point.run}.json"
+
+    def has(self, point: Point) -> bool:
+        return self.file(point).exists()
+
+    def add(self, point: Point, record: dict[str, Any]) -> None:
+        """Write a point's record and its folder's summary."""
+        file = self.file(point)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parameters = {"run_number": point.run, "arm": point.arm}
+        parameters |= {"max_concurrency": point.concurrency}
+        parameters |= {"dataset": point.dataset or "mixed"}
+        _write(file, {**record, **parameters})
+        _write(file.parent / "summary.json", _runs(file.parent))
+        self._failure(point).unlink(missing_ok=True)
+
+    def add_failure(self, point: Point, why: str) -> None:
+        """Note a point that could not be measured; a resumed sweep tries it again."""
+        file = self._failure(point)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write(file, {"run_number": point.run, "error": why})
+
+    def _failure(self, point: Point) -> Path:
+        return self.file(point).with_suffix(".failure.json")
+
+    def records(self, top: str) -> list[dict[str, Any]]:
+        """Every record of the grid (`GRID`) or of single datasets (`SPLIT`)."""
+        folders = sorted((self.folder / top).glob("SERVE--*"))
+        return [record for folder in folders for record in _runs(folder)]
+
+    def settings(self, wanted: dict[str, Any], resume: bool) -> dict[str, Any]:
+        """Keep what the figures depend on, or check it against the sweep resumed.
+
+        Returns:
+            What is kept, the numbers of prompts included if they are known.
+
+        Raises:
+            ValueError: the folder holds another sweep, or none that could go on.
+        """
+        file = self.folder / "settings.json"
+        if not resume:
+            if any(self.folder.glob("*/SERVE--*/run=*.json")):
+                raise ValueError(
+                    f"{self.folder} holds a sweep; continue it with --resume, or name "
+                    "another --out"
+                )
+            _write(file, wanted)
+            return wanted
+        if not file.exists():
+            raise ValueError(f"--resume: {self.folder} holds no sweep")
+        kept: dict[str, Any] = json.loads(file.read_text())
+        # Written and read back, so that folders are named as in the file.
+        asked = self.folder / "asked.json"
+        _write(asked, wanted)
+        for key, value in json.loads(asked.read_text()).items():
+            if kept.get(key) != value:
+                raise ValueError(
+                    f"--resume: {key} is {value!r}, but {self.folder} was measured "
+                    f"with {kept.get(key)!r}"
+                )
+        asked.unlink()
+        return kept
+
+    def keep_counts(self, settings: dict[str, Any]) -> None:
+        """Keep the numbers of prompts, so that a resumed sweep sends the same."""
+        _write(self.folder / "settings.json", settings)
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        _write(self.folder / name, content)
+
+
+def num_prompts(concurrency: int, per_client: float, least: int) -> int:
+    """Prompts of a point: whole waves of all clients, at least two and ``least``."""
+    waves = max(2, round(per_client), -(-least // concurrency))
+    return waves * concurrency
+
+
+def estimated_counts(
+    rates: dict[int, float], seconds: float, least: int
+) -> dict[int, int]:
+    """Prompts at each load for points of about ``seconds``.
+
+    Args:
+        rates: requests/s at each load, of the slowest arm: one number for all arms.
+    """
+    return {
+        load: num_prompts(load, rate * seconds / load, least)
+        for load, rate in rates.items()
+    }
+
+
+def _runs(folder: Path) -> list[dict[str, Any]]:
+    """A folder's records, in the order of the runs."""
+    numbers = sorted(
+        int(number)
+        for file in folder.glob("run=*.json")
+        if (number := file.stem.removeprefix("run=")).isdigit()  # no failure
+    )
+    return [json.loads((folder / f"run={n}.json").read_text()) for n in numbers]
+
+
+def _write(file: Path, content: Any) -> None:
+    """Write a file as a whole: the sweep may be stopped at any moment."""
+    temporary = file.with_suffix(".part")
+    provenance.write_json(temporary, content)
+    temporary.replace(file)

@@ -37,8 +37,19 @@ _MONOTONE = ("_total", "_sum", "_count", "_bucket")
 _REQUEST_STEPS = "vllm:inter_token_latency_seconds_count"
 _STEPS = "vllm:iteration_tokens_total_count"
 _PREEMPTIONS = "vllm:num_preemptions_total"
+_GOLDEN = 0.6180339887  # its multiples fill [0, 1) evenly
 # Tokens drafted, as the plugin counts them (where it does).
 _DRAFTED = "vllm:dspark_drafted_tokens_total"
+
+
+def answer_tokens(tokens: int, spread: float, place: int) -> int:
+    """Tokens of an answer: evenly spread over the range, in an order without pattern.
+
+    Were all alike, the requests of an arm that emits one token a step would begin and
+    end together, and their prompts share steps: no real traffic does that.
+    """
+    share = (place * _GOLDEN + 0.5) % 1.0
+    return max(2, round(tokens * (1 + spread * (2 * share - 1))))
 
 
 class Client:
@@ -48,12 +59,16 @@ class Client:
         target: model folder, also the name it is served under.
         ignore_eos: whether every answer has exactly the tokens asked for.
         log: file to which the client's own report is appended.
+        spread: answers have from 1 - spread to 1 + spread of the tokens asked for.
     """
 
-    def __init__(self, target: str, ignore_eos: bool, log: Path) -> None:
+    def __init__(
+        self, target: str, ignore_eos: bool, log: Path, spread: float = 0.0
+    ) -> None:
         from vllm.tokenizers import get_tokenizer
 
         self.target, self.ignore_eos, self.log = target, ignore_eos, log
+        self.spread = spread
         self.tokenizer = get_tokenizer(target)
 
     def point(
@@ -101,7 +116,7 @@ class Client:
             SampleRequest(
                 prompt="",
                 prompt_len=prompt.tokens,
-                expected_output_len=tokens,
+                expected_output_len=answer_tokens(tokens, self.spread, i),
                 chat_messages=prompt.messages,
                 # In the server's log and in the plugin's trace.
                 request_id=f"{prompt.dataset}-{i}",

@@ -31,6 +31,7 @@ SETTINGS = (
     "drafter",
     "concurrency",
     "output_tokens",
+    "output_spread",
     "stop_at_eos",
     "max_prompt_tokens",
     "seconds_per_point",
@@ -82,6 +83,8 @@ def _what(add: Any) -> None:
 def _load(add: Any) -> None:
     add("--concurrency", type=int, nargs="+", metavar="C", help="1 2 4 ... 64")
     add("--output-tokens", type=int, default=128, help="tokens of an answer (128)")
+    spread = "answers have 1 - this to 1 + this of those tokens (0.5)"
+    add("--output-spread", type=float, default=0.5, help=spread)
     add("--stop-at-eos", action="store_true", help="answers may end earlier")
     add("--max-prompt-tokens", type=int, default=384, help="leave out longer (384)")
     add("--seconds-per-point", type=float, help="about (40; quick: 15)")
@@ -124,7 +127,10 @@ def _check(args: argparse.Namespace) -> None:
     for key in ("seconds_per_point", "rounds_per_client"):
         if (value := getattr(args, key)) is not None and value <= 0:
             raise ValueError(f"{_option(key)} is {value}; it must be above 0")
-    longest = args.max_prompt_tokens + max(args.output_tokens, args.warmup_tokens)
+    if not 0 <= args.output_spread < 1:
+        raise ValueError(f"--output-spread is {args.output_spread}; from 0 to below 1")
+    answer = round(args.output_tokens * (1 + args.output_spread))
+    longest = args.max_prompt_tokens + max(answer, args.warmup_tokens)
     if longest > args.max_model_len:
         raise ValueError(
             f"prompts of {args.max_prompt_tokens} tokens and their answers do not fit "

@@ -16,8 +16,10 @@ same round, then the median over rounds. Where memory does not hold all servers,
 
 The load is a closed loop of vLLM's own benchmark client: C clients, each with one
 streamed greedy chat request at a time. Every arm gets the same prompts in the same
-order and has to answer each with exactly --output-tokens tokens (ignore_eos), so that
-all do equal work; --stop-at-eos lets answers end where they end. Prompts are JSONL rows
+order and has to answer each with a given number of tokens (ignore_eos), so that all do
+equal work: --output-tokens on average, spread evenly over half to one and a half of it
+(--output-spread), or an arm without speculation would answer in lockstep as no server
+does; --stop-at-eos lets answers end where they end. Prompts are JSONL rows
 {"dataset", "messages"}; the datasets take turns in a fixed shuffled order, and each
 round goes on where the one before it stopped. Prefix caching is off.
 
@@ -92,7 +94,9 @@ class Sweep:
     ) -> None:
         self.args, self.arms = args, arms
         self.results, self.settings = results, settings
-        self.client = Client(args.target, not args.stop_at_eos, self._log("client"))
+        self.client = Client(
+            args.target, not args.stop_at_eos, self._log("client"), args.output_spread
+        )
         rows = load_prompts(args.prompts, self.client.tokenizer, args.max_prompt_tokens)
         self.prompts = Prompts(rows, args.seed)
         datasets = args.datasets or self.prompts.datasets

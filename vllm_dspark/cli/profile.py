@@ -133,8 +133,10 @@ def _wanted(arguments: argparse.Namespace) -> dict[str, Any]:
 def _requests(content: CostFile) -> int:
     """How many requests a table was meant to reach to."""
     meant = content.measured.get("requests")
-    known = isinstance(meant, list) and meant and isinstance(meant[0], int)
-    return max(int(meant[0]) if known else 0, content.table.requests[-1])
+    reached = content.table.requests[-1]
+    if isinstance(meant, list) and meant and isinstance(meant[0], int):
+        return max(meant[0], reached)
+    return reached
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> Path:

@@ -56,6 +56,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*more: str) -> tuple[int, dict[str, Any]]:
         argv = ["serve_sweep.py", "--target", str(tokenizer), "--drafter", "D"]
         argv += ["--prompts", str(file), "--out", "out", "--output-tokens", "9"]
+        argv += ["--output-spread", "0"]  # so that these are told from warm-ups
         argv += ["--warmup-tokens", "3", "--rounds-per-client", "2"]
         argv += ["--min-prompts", "4", "--concurrency", "1", "4", *more]
         monkeypatch.setattr(sys, "argv", argv)

@@ -21,7 +21,7 @@ from vllm_dspark.cli.server import Server, speculative_arguments
 from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 from vllm_dspark.cli.signals import interrupt
 from vllm_dspark.schedule import cost_file
-from vllm_dspark.schedule.cost_file import FOLDER, CostFile
+from vllm_dspark.schedule.cost_file import FOLDER
 
 _EXAMPLE = """example:
   vllm-dspark profile --target TARGET --drafter DRAFTER --plot cost.png
@@ -108,7 +108,7 @@ def find(arguments: argparse.Namespace) -> Path | None:
         except ValueError:
             continue  # a server says so and measures anew
         same = all(getattr(content.key, k) == v for k, v in wanted.items())
-        if same and _requests(content) >= arguments.max_num_seqs:
+        if same and cost_file.reach(content, "requests") >= arguments.max_num_seqs:
             found.append((path.stat().st_mtime, path))
     return max(found)[1] if found else None
 
@@ -128,15 +128,6 @@ def _wanted(arguments: argparse.Namespace) -> dict[str, Any]:
         "compiled": arguments.compiled,
         "tensor_parallel": 1,
     }
-
-
-def _requests(content: CostFile) -> int:
-    """How many requests a table was meant to reach to."""
-    meant = content.measured.get("requests")
-    reached = content.table.requests[-1]
-    if isinstance(meant, list) and meant and isinstance(meant[0], int):
-        return max(meant[0], reached)
-    return reached
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> Path:

@@ -100,24 +100,29 @@ def load(
     return (None if lacking else found.table), lacking
 
 
-def _lacking(found: CostFile, limits: Limits) -> str:
-    """Why a table does not reach as far as an engine needs, or nothing.
+def reach(found: CostFile, name: str) -> int:
+    """How far a table goes in ``batch_tokens``, ``requests`` or ``positions``.
 
     What counts is how far its profiling meant to go: where time ran out before, it
     would run out again.
     """
     table = found.table
-    ends = {
-        "batch_tokens": table.tokens[-1],
-        "requests": table.requests[-1],
-        "positions": table.positions[-1],
+    axes = {
+        "batch_tokens": table.tokens,
+        "requests": table.requests,
+        "positions": table.positions,
     }
-    for name, end in ends.items():
-        meant = found.measured.get(name)
-        if isinstance(meant, list) and meant and isinstance(meant[0], int):
-            end = max(end, meant[0])
-        if end < getattr(limits, name):
-            wanted = getattr(limits, name)
+    meant = found.measured.get(name)
+    if isinstance(meant, list) and meant and isinstance(meant[0], int):
+        return max(meant[0], axes[name][-1])
+    return axes[name][-1]
+
+
+def _lacking(found: CostFile, limits: Limits) -> str:
+    """Why a table does not reach as far as an engine needs, or nothing."""
+    for name in ("batch_tokens", "requests", "positions"):
+        end, wanted = reach(found, name), getattr(limits, name)
+        if end < wanted:
             return f"the cost table ends at {name} {end}, this engine's at {wanted}"
     return ""
 

@@ -135,16 +135,12 @@ class Results:
         if not file.exists():
             raise ValueError(f"--resume: {self.folder} holds no sweep")
         kept: dict[str, Any] = json.loads(file.read_text())
-        # Written and read back, so that folders are named as in the file.
-        asked = self.folder / "asked.json"
-        _write(asked, wanted)
-        for key, value in json.loads(asked.read_text()).items():
+        for key, value in provenance.portable(wanted).items():  # as in the file
             if kept.get(key) != value:
                 raise ValueError(
                     f"--resume: {key} is {value!r}, but {self.folder} was measured "
                     f"with {kept.get(key)!r}"
                 )
-        asked.unlink()
         return kept
 
     def keep_counts(self, settings: dict[str, Any]) -> None:

@@ -283,13 +283,14 @@ class Sweep:
             "provenance": self.provenance,
         }
 
-    def _write(self) -> None:
-        self.results.write("result.json", self.summary())
+    def _write(self) -> dict[str, Any]:
+        result = self.summary()
+        self.results.write("result.json", result)
+        return result
 
     def report(self) -> None:
         """Write the results and show them."""
-        result = self.summary()
-        self._write()
+        result = self._write()
         if not result["arms"]:
             print("nothing was measured")
             return

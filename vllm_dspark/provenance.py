@@ -33,7 +33,7 @@ def collect(command: list[str] | None = None) -> dict[str, Any]:
         ['command', 'git', 'machine']
     """
     return {
-        "command": [_portable(a) for a in command or sys.orig_argv],
+        "command": [portable(a) for a in command or sys.orig_argv],
         "time_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -45,15 +45,15 @@ def collect(command: list[str] | None = None) -> dict[str, Any]:
 
 def write_json(file: str | Path, record: Any) -> None:
     """Write a result for machines; its strings lose this machine's folders."""
-    Path(file).write_text(json.dumps(_portable(record), indent=1) + "\n")
+    Path(file).write_text(json.dumps(portable(record), indent=1) + "\n")
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Plain values without this machine's folders, so that they can be published."""
     if isinstance(value, dict):
-        return {key: _portable(entry) for key, entry in value.items()}
+        return {key: portable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(entry) for entry in value]
+        return [portable(entry) for entry in value]
     if isinstance(value, str):
         for folder, name in ((Path.cwd(), "."), (Path.home(), "~")):
             value = value.replace(str(folder), name)

@@ -1,0 +1,189 @@
+"""What a load sweep keeps and makes of it: files, medians, ratios, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import _sweep_client as client
+import _sweep_grid as grid
+import _sweep_report as report
+import pytest
+
+# ---- files ----
+
+RECORD = {
+    "output_throughput": 10.0,
+    "median_tpot_ms": 50.0,
+    "median_ttft_ms": 20.0,
+    "p99_ttft_ms": 30.0,
+    "num_prompts": 8,
+    "tau": 1.0,
+    "verify_length": 0.0,
+    "draft_length": None,
+    "accepted_length_drafted": None,
+    "preemptions": 0,
+}
+
+
+def fabricate(folder: Path, speeds: dict[tuple[str, int, int], float]) -> grid.Results:
+    results = grid.Results(folder)
+    for (arm, load, run), speed in speeds.items():
+        record = {**RECORD, "output_throughput": speed}
+        results.add(grid.Point(arm, load, run), record)
+    return results
+
+
+def test_vllms_own_sweep_would_use_the_same_files(tmp_path: Path):
+    pytest.importorskip("vllm")
+    from vllm.benchmarks.sweep import serve
+    from vllm.benchmarks.sweep.param_sweep import ParameterSweepItem
+
+    arm = ParameterSweepItem.from_record({"arm": "dspark-adaptive"})
+    load = ParameterSweepItem.from_record({"max_concurrency": 8})
+    base = serve._get_comb_base_path(tmp_path / "mixed", arm, load)
+    file = grid.Results(tmp_path).file(grid.Point("dspark-adaptive", 8, 2))
+    assert file == serve._get_comb_run_path(base, 2)
+
+
+def test_vllms_plot_commands_read_the_results(tmp_path: Path, capsys):
+    pytest.importorskip("vllm")
+    from vllm.benchmarks.sweep import plot, plot_pareto
+
+    speeds = {
+        (a, c, r): 10.0 * c for a in ("none", "x") for c in (1, 8) for r in (0, 1)
+    }
+    results = fabricate(tmp_path, speeds)
+    results.add(grid.Point("x", 8, 0, "math"), RECORD)
+    folder = tmp_path / grid.GRID
+    plot.plot(
+        folder,
+        tmp_path / "figures",
+        [],
+        ["arm"],
+        ["max_concurrency"],
+        [],
+        var_x="max_concurrency",
+        var_y="output_throughput",
+        filter_by=plot.PlotFilters(),
+        bin_by=plot.PlotBinners(),
+        scale_x=None,
+        scale_y=None,
+        dry_run=True,  # drawing needs seaborn
+    )
+    assert "Grid: 2 rows x 2 cols" in capsys.readouterr().out
+    records = [
+        record
+        for file in folder.rglob("summary.json")
+        for record in plot._json_load_bytes(file)
+    ]
+    prepared, skipped = plot_pareto._prepare_records(
+        records, user_count_var="max_concurrency", gpu_count_var=None
+    )
+    assert (len(prepared), skipped) == (8, 0)
+    assert all(row["tokens_per_user"] == 10.0 for row in prepared)
+
+
+def test_a_resumed_sweep_must_be_the_same_and_keeps_its_counts(tmp_path: Path):
+    results = grid.Results(tmp_path)
+    with pytest.raises(ValueError, match="holds no sweep"):
+        results.settings({"seed": 0}, resume=True)
+    results.settings({"seed": 1}, resume=False)
+    kept = results.settings({"seed": 0}, resume=False)  # nothing was measured
+    results.keep_counts({**kept, "num_prompts": {"1": 8}})
+    results.add(grid.Point("a", 1, 0), RECORD)
+    with pytest.raises(ValueError, match="--resume"):
+        results.settings({"seed": 0}, resume=False)
+    with pytest.raises(ValueError, match=r"seed is 1, but .* with 0"):
+        results.settings({"seed": 1}, resume=True)
+    kept = results.settings({"seed": 0}, resume=True)
+    assert kept == {"seed": 0, "num_prompts": {"1": 8}}
+
+
+def test_a_failed_point_is_no_result_and_is_tried_again(tmp_path: Path):
+    results, point = grid.Results(tmp_path), grid.Point("a", 1, 0)
+    results.add_failure(point, "why")
+    results.add(grid.Point("a", 1, 1), RECORD)
+    assert not results.has(point)
+    assert [r["run_number"] for r in results.records(grid.GRID)] == [1]
+    results.add(point, RECORD)
+    assert results.has(point)
+    assert not list(tmp_path.rglob("*.failure.json"))
+
+
+# ---- figures ----
+
+
+def test_ratios_are_of_the_same_run_and_the_best_other_is_chosen_by_load(
+    tmp_path: Path,
+):
+    adaptive = "dspark-adaptive"
+    speeds = {("none", 1, run): s for run, s in enumerate((10.0, 20.0, 40.0))}
+    speeds |= {(adaptive, 1, run): s for run, s in enumerate((20.0, 20.0, 60.0))}
+    speeds |= {("fixed", 1, 0): 15.0, ("fixed", 8, 0): 90.0}
+    speeds |= {("none", 8, 0): 100.0, (adaptive, 8, 0): 99.0}
+    found = report.summarise(fabricate(tmp_path, speeds).records(grid.GRID), [])
+    row = found["arms"][adaptive]["1"]
+    # The ratio of the medians would be 1.0.
+    assert row["ratio_to_none"] == {"median": 1.5, "runs": [2.0, 1.0, 1.5]}
+    assert row["output_throughput"] == 20.0 and row["tok_s_per_user"] == 20.0
+    assert row["output_throughput_range"] == [20.0, 60.0]
+    best = found["adaptive_to_best_other"]
+    assert best["8"] == {
+        "best_other": "none",
+        "ratio": {"median": 0.99, "runs": [0.99]},
+    }
+    assert found["arms"]["fixed"]["1"]["ratio_to_none"]["runs"] == [1.5]
+
+
+def test_a_round_measured_in_two_sessions_gives_no_ratio(tmp_path: Path):
+    results = fabricate(tmp_path, {("none", 1, 1): 10.0, ("x", 1, 1): 30.0})
+    for arm, session in (("none", "before"), ("x", "after")):
+        results.add(grid.Point(arm, 1, 0), {**RECORD, "session": session})
+    found = report.summarise(results.records(grid.GRID), [])["arms"]["x"]["1"]
+    assert found["ratio_to_none"]["runs"] == [3.0] and found["runs"] == 2
+
+
+def test_tables_and_figures_bear_arms_with_gaps(tmp_path: Path, capsys):
+    pytest.importorskip("matplotlib")
+    results = fabricate(tmp_path, {("a", 1, 0): 3.0, ("b", 8, 0): 4.0})
+    results.add(grid.Point("a", 8, 0, "math"), RECORD)
+    found = report.summarise(results.records(grid.GRID), results.records(grid.SPLIT))
+    report.show(found)
+    assert "math" in capsys.readouterr().out
+    for file in report.draw(found, tmp_path):
+        assert file.stat().st_size > 1000
+
+
+def sample(name: str, value: float, **labels: str) -> tuple[object, float]:
+    return (name, tuple(sorted(labels.items()))), value
+
+
+def test_lengths_are_per_request_step_with_steps_that_had_no_drafts():
+    name = "vllm:spec_decode_num_{}_total".format
+    before = dict([sample(client._REQUEST_STEPS, 100, engine="0")])
+    after = dict(
+        [
+            sample(client._REQUEST_STEPS, 150, engine="0"),
+            sample(client._STEPS, 10),
+            sample(name("drafts"), 20),
+            sample(name("draft_tokens"), 60),
+            sample(name("accepted_tokens"), 30),
+            sample(name("accepted_tokens_per_pos"), 20, position="0"),
+            sample("vllm:dspark_drafted_tokens_total", 100, engine="0"),
+            sample("vllm:dspark_length_bucket", 4, engine="0", le="1.0"),
+            sample("vllm:dspark_length_created", 1e9),
+        ]
+    )
+    found = client.counted(before, after, emitted=80)
+    assert found["tau"] == 1.6 and found["verify_length"] == 1.2
+    assert found["draft_length"] == 2.0
+    assert found["accepted_length_drafted"] == 2.5  # of the 20 steps with drafts
+    assert found["dspark_metrics"] == {
+        "vllm:dspark_drafted_tokens_total": 100,
+        "vllm:dspark_length_bucket{le=1.0}": 4,
+    }
+
+
+def test_without_counters_lengths_are_unknown_not_zero():
+    found = client.counted({}, {}, emitted=80)
+    assert found["tau"] is None and found["draft_length"] is None

@@ -104,12 +104,18 @@ def configurations() -> dict[str, list[Launch]]:
     return named
 
 
+def joint_bytes(launch: Launch) -> int:
+    """The part of a head's joint layer that depends on the drafts."""
+    sizes = {0: 0, 1: 0, 2: RANK * RANK, 3: 3 * RANK * 2 * RANK}
+    return sizes[launch.constants["HEAD"]] * BF16
+
+
 def step_bytes(launch: Launch) -> tuple[int, int]:
     """Needed and moved by one step of the batch."""
     c, rows = launch.constants, sequential_triton.ROWS
     groups, blocks = -(-R // rows), launch.grid[0]
     width = TOPK if c["TOPK"] else V
-    joint = {0: 0, 1: 0, 2: RANK * RANK, 3: 3 * RANK * 2 * RANK}[c["HEAD"]] * BF16
+    joint = joint_bytes(launch)
     logits = R * width * BF16
     w2 = width * RANK * BF16 * (R if c["TOPK"] else 1)
     needed = logits + w2 + joint + R * RANK * BF16
@@ -156,8 +162,7 @@ def other_bytes(launch: Launch) -> tuple[int, int]:
         out = R * K * outputs * F32
         tiles = launch.grid
         return hidden + weight + out, hidden * tiles[1] + weight * tiles[0] + out
-    joint = {0: 0, 1: 0, 2: RANK * RANK, 3: 3 * RANK * 2 * RANK}
-    weight = joint[launch.constants["HEAD"]] * BF16
+    weight = joint_bytes(launch)
     return weight + R * RANK * BF16, weight * launch.grid[0] + R * RANK * BF16 * 3
 
 

@@ -357,12 +357,15 @@ def symbol_report_v2() -> tuple[SymbolRow, ...]:
     return tuple(_check(_s(*row)) for row in SYMBOLS_V2)
 
 
+def _supported() -> str:
+    return " and ".join(f"{a}.{b}" for a, b in SUPPORTED)
+
+
 def v2_trouble() -> str | None:
     """Why the V2 adapter does not fit the installed vLLM; None if it does."""
     _, version = vllm_version()
     if not is_supported(version):
-        wanted = " and ".join(f"{a}.{b}" for a, b in SUPPORTED)
-        return f"vLLM {version} is not one of those it was made for, {wanted}"
+        return f"vLLM {version} is not one of those it was made for, {_supported()}"
     broken = [f"{r.symbol}: {r.detail}" for r in symbol_report_v2() if not r.ok]
     return "vLLM lacks " + "; ".join(broken) if broken else None
 
@@ -377,10 +380,9 @@ def require() -> None:
     broken = [row for row in symbol_report() if not row.ok]
     if is_supported(version) and not broken:
         return
-    wanted = " and ".join(f"{a}.{b}" for a, b in SUPPORTED)
     missing = "; ".join(f"{r.symbol}: {r.detail}" for r in broken) or "no symbol"
     raise ValueError(
-        f"method 'dspark' on the V1 runner needs vLLM {wanted}, found {version}; "
+        f"method 'dspark' on the V1 runner needs vLLM {_supported()}, found {version}; "
         f"missing here: {missing}. Install a supported vLLM, or remove "
         "speculative_config (`vllm-dspark check` prints the whole table)"
     )

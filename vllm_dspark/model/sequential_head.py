@@ -29,6 +29,26 @@ def zero_embedding(num: int, size: int) -> nn.Embedding:
     return nn.Embedding(num, size, _weight=torch.zeros(num, size))
 
 
+def gated_latent(gate_proj: nn.Module, prev: Tensor, hidden: Tensor) -> Tensor:
+    """g * W1[x]; prev = W1[x] ``[..., r]``, hidden ``[..., d]``."""
+    gate = torch.sigmoid(gate_proj(torch.cat([hidden, prev], -1)))
+    return gate * prev
+
+
+def rnn_step(
+    joint_proj: nn.Module, state: Tensor, prev: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """tanh(out) and s_k, ``[R, r]``.
+
+    Shape: state s_{k-1} and prev = W1[x] ``[R, r]``, hidden ``[R, d]``.
+    """
+    joint = joint_proj(torch.cat([state, prev, hidden], -1))
+    gate, candidate, output = joint.chunk(3, dim=-1)
+    keep = torch.sigmoid(gate)
+    state = keep * state + (1 - keep) * torch.tanh(candidate)
+    return torch.tanh(output), state
+
+
 class VanillaHead(nn.Module):
     """Low-rank transition bias, memoryless."""
 
@@ -75,9 +95,7 @@ class GatedHead(VanillaHead):
 
     def latent(self, prev_ids: Tensor, hidden: Tensor) -> Tensor:
         """See `VanillaHead.latent`."""
-        prev = self.embed(prev_ids)
-        gate = torch.sigmoid(self.gate_proj(torch.cat([hidden, prev], -1)))
-        return gate * prev
+        return gated_latent(self.gate_proj, self.embed(prev_ids), hidden)
 
 
 class RnnHead(VanillaHead):
@@ -94,11 +112,8 @@ class RnnHead(VanillaHead):
         state = torch.zeros_like(prev[:, 0])
         latents = []
         for k in range(prev.shape[1]):
-            joint = self.joint_proj(torch.cat([state, prev[:, k], hidden[:, k]], -1))
-            gate, candidate, output = joint.chunk(3, dim=-1)
-            keep = torch.sigmoid(gate)
-            state = keep * state + (1 - keep) * torch.tanh(candidate)
-            latents.append(torch.tanh(output))
+            latent, state = rnn_step(self.joint_proj, state, prev[:, k], hidden[:, k])
+            latents.append(latent)
         return torch.stack(latents, dim=1)
 
 

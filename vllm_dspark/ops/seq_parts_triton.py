@@ -1,9 +1,10 @@
 """Device functions of one step of the sequential head, for a group of requests.
 
 A group is ROWS requests that share every tile of weights they read (16 is the least
-that a matrix product takes). `score` computes one block of columns; `choose` merges all
-blocks of a group and draws; `advance` turns the tokens drawn into what the next step
-multiplies with W2. Sums of products are float32, sums of weights float64.
+that a matrix product takes). `store_block` keeps what a block of columns gave;
+`merge_argmax` and `draw` choose from all blocks of a group; `latents` turns the tokens
+drawn into what the next step multiplies with W2. Sums of products are float32, sums of
+weights float64.
 
 Values written by other programs are read past L1 (``.cg``).
 """

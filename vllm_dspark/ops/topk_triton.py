@@ -3,6 +3,8 @@
 One Triton program per row. The k-th largest value is found eight bits at a time (a
 radix select: four passes, two for bfloat16), one more pass writes the ids. Reads
 ``passes + 1`` times the row, which stays in L2 after the first.
+
+Run in Triton's interpreter and compiled ahead of time; never run on a GPU.
 """
 
 # Kernels are no Python functions: their arguments have no Python types.
@@ -36,9 +38,8 @@ def topk_kernel(
     row = logits + (i // positions) * stride_r + (i % positions) * stride_k
     lanes = tl.arange(0, BLOCK)
     bins = tl.arange(0, 256)
-    need = (
-        tl.zeros([], tl.int32) + topk
-    )  # how many of those equal to the prefix so far are wanted
+    # How many of those equal to the prefix so far are wanted.
+    need = tl.zeros([], tl.int32) + topk
     prefix = tl.zeros([], tl.int32)
     for p in tl.static_range(PASSES):
         shift = 8 * (PASSES - 1 - p)

@@ -116,9 +116,8 @@ class RobustFilter:
                 count, least = 0, math.inf
             count, least = count + side, min(least, size)
             self._streaks[key] = count, least
-            if least < _LARGE:
-                continue
-            if abs(count) >= enough * (2 if least > _HUGE else 1) and not found:
+            enough *= 2 if least > _HUGE else 1
+            if least >= _LARGE and abs(count) >= enough and not found:
                 self.covariance += self._shapes[kind] * (least * least)
                 found = True
         return found

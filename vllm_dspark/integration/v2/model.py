@@ -18,6 +18,7 @@ from vllm.model_executor.models.qwen3_dspark import Qwen3DSparkForCausalLM
 
 from vllm_dspark.integration.model import target_lm_head_rows
 from vllm_dspark.model.checkpoint import draft_to_target_ids
+from vllm_dspark.model.sequential_head import gated_latent, rnn_step
 
 ARCHITECTURE = "Qwen3DSparkModel"
 _JOINT = {"gated": "gate_proj", "rnn": "joint_proj"}
@@ -63,15 +64,12 @@ class DSparkV2ForCausalLM(Qwen3DSparkForCausalLM):
 
         Shape: markov, state [R, r]; hidden [R, d] → two of [R, r]. ``state`` None: 0.
         """
+        head = self.model.markov_head
         if self.head_type == "gated":
-            joint = torch.cat([hidden, markov], dim=-1)
-            return self.model.markov_head.gate_proj(joint).sigmoid() * markov, None
+            return gated_latent(head.gate_proj, markov, hidden), None
         if self.head_type == "rnn":
             state = torch.zeros_like(markov) if state is None else state
-            joint = torch.cat([state, markov, hidden], dim=-1)
-            parts = self.model.markov_head.joint_proj(joint).chunk(3, dim=-1)
-            keep = parts[0].sigmoid()
-            return parts[2].tanh(), keep * state + (1 - keep) * parts[1].tanh()
+            return rnn_step(head.joint_proj, state, markov, hidden)
         return markov, None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

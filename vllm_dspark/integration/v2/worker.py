@@ -9,19 +9,18 @@ from vllm_dspark.integration.say import log_like_vllm
 from vllm_dspark.integration.v2 import hooks
 
 
-class DSparkV2CPUWorker(cpu_worker.CPUWorker):
+class _ExtendingWorker:
+    """What both add: our speculator is in place before the runner is built."""
+
+    def init_device(self) -> None:
+        log_like_vllm()
+        hooks.install()
+        super().init_device()  # type: ignore[misc]
+
+
+class DSparkV2CPUWorker(_ExtendingWorker, cpu_worker.CPUWorker):
     """CPU worker on the V2 runner: for Triton's interpreter, that is for tests."""
 
-    def init_device(self) -> None:
-        log_like_vllm()
-        hooks.install()
-        super().init_device()
 
-
-class DSparkV2GPUWorker(gpu_worker.Worker):
+class DSparkV2GPUWorker(_ExtendingWorker, gpu_worker.Worker):
     """GPU worker on the V2 runner."""
-
-    def init_device(self) -> None:
-        log_like_vllm()
-        hooks.install()
-        super().init_device()

@@ -32,13 +32,14 @@ MAY_IMPORT = {
     "train": BASE | {"calibration", "decode", "model", "ops", "provenance"},
     "calibration": BASE,
     "schedule": BASE | {"calibration"},
+    "metrics": BASE | {"calibration", "schedule"},
     # plugin and integration are vLLM's side: they see everything. The command line
     # starts from there only to say what vLLM offers, and imports no vLLM itself.
     "cli": {"*"},
     "plugin": {"integration"},
     "integration": {"*"},
 }
-NUMPY_ONLY = {"schedule"}  # beside the standard library: no torch in the scheduler
+NUMPY_ONLY = {"metrics", "schedule"}  # beside the standard library: no torch in the scheduler
 STANDARD_LIBRARY_ONLY = BASE | {"__init__", "_build_info", "cache", "provenance"}
 
 

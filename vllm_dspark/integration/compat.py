@@ -57,6 +57,9 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _DFLASH = "vllm.model_executor.models.qwen3_dflash:"
 _PROC = "vllm.v1.sample.logits_processor.builtin:"
 _BUDGET = "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_STATS = "vllm.v1.metrics.stats:"
+_LOGGER = "vllm.v1.metrics.loggers:PrometheusStatLogger"
 _PROPOSER = "vllm.v1.spec_decode.dflash:DFlashProposer"
 
 SYMBOLS: tuple[Symbol, ...] = (
@@ -128,14 +131,14 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     _s(_RUNNER + ".take_draft_token_ids", "", "overridden"),
     # scheduler
-    _s("vllm.v1.core.sched.scheduler:Scheduler", None, "subclassed"),
+    _s(_SCHEDULER, None, "subclassed"),
     _s(
-        "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
+        _SCHEDULER + ".update_draft_token_ids",
         "draft_token_ids",
         "overridden: confidences arrive here",
     ),
     _s(
-        "vllm.v1.core.sched.scheduler:Scheduler.get_grammar_bitmask",
+        _SCHEDULER + ".get_grammar_bitmask",
         "scheduler_output",
         "overridden: sampled drafts outside of the grammar are in the step",
     ),
@@ -145,21 +148,38 @@ SYMBOLS: tuple[Symbol, ...] = (
         "called: which of the step's drafts those are",
     ),
     _s(
-        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        _SCHEDULER + ".update_from_output",
         "scheduler_output model_runner_output",
         "overridden: drafts arrive with the output",
     ),
     _s(
-        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        _SCHEDULER + ".schedule",
         "throttle_prefills",
         "overridden: drafts are trimmed first",
     ),
     _s(
-        "vllm.v1.core.sched.scheduler:Scheduler._free_request",
+        _SCHEDULER + "._free_request",
         "request",
         "overridden: the controller forgets a request",
     ),
     _s("vllm.v1.request:Request", None, "read"),
+    # metrics (stats.py, patches.py)
+    _s(_SCHEDULER + ".make_stats", None, "overridden: with news of the controller"),
+    _s(_SCHEDULER + ".add_request", "request", "overridden: a request's own numbers"),
+    _s(_STATS + "SchedulerStats", None, "gets a field"),
+    _s(_STATS + "RequestSpecDecodeMetrics", None, "gets a field"),
+    _s(_STATS + "RequestSpecDecodeMetrics.new", "num_spec_tokens", "called"),
+    _s(_STATS + "RequestSpecDecodeMetrics.to_dict", "", "patched: tells the field"),
+    _s(
+        _LOGGER + ".__init__",
+        "vllm_config engine_indexes",
+        "patched: registers our metrics; its labels and metric classes are read",
+    ),
+    _s(
+        _LOGGER + ".record",
+        "scheduler_stats iteration_stats mm_cache_stats engine_idx",
+        "patched: observes our metrics",
+    ),
     # what steps cost (profiling.py)
     _s(
         "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",

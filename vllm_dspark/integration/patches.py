@@ -124,6 +124,66 @@ def _read_drafter_first(original: Any) -> Any:
     return post_init
 
 
+def _register_metrics(original: Any) -> Any:
+    """``PrometheusStatLogger.__init__``.
+
+    Symptom: none; ``/metrics`` has no place for what an engine of ours reports.
+    Cause: vLLM drops every metric named ``vllm:`` when it makes its own, so ours have
+    to be made after; its stat logger plugins are made before (see ``stats``).
+    Remove when: vLLM lets a scheduler class add metrics.
+    """
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        from vllm_dspark.integration import config, stats
+
+        ours = config.is_ours(self.vllm_config.speculative_config)
+        self.dspark_prom = stats.DSparkProm(self) if ours else None
+
+    return init
+
+
+def _record_news(original: Any) -> Any:
+    """``PrometheusStatLogger.record``: what came with an engine's statistics, too.
+
+    See ``_register_metrics``.
+    """
+
+    def record(
+        self: Any,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        original(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+        from vllm_dspark.integration import stats
+
+        # None also for a logger that is older than the patch.
+        prom = getattr(self, "dspark_prom", None)
+        news = stats.take_news(scheduler_stats) if prom is not None else None
+        if news is not None:
+            prom.observe(news, engine_idx)
+
+    return record
+
+
+def _tell_counts(original: Any) -> Any:
+    """``RequestSpecDecodeMetrics.to_dict``, from which an answer is made.
+
+    Symptom: an answer lacks what a request asked for with ``dspark_stats``.
+    Cause: vLLM names the fields one by one.
+    Remove when: vLLM counts drafts before trimming.
+    """
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        from vllm_dspark.integration import stats
+
+        return stats.with_counts(self, original(self))
+
+    return to_dict
+
+
 Patch = tuple[Any, str, Callable[[Any], Any]]
 
 
@@ -140,8 +200,15 @@ def _at_start() -> list[Patch]:
 
 def _on_activation() -> list[Patch]:
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
-    return [(SamplingParams, "_validate_spec_decode", _allow_min_p_and_logit_bias)]
+    return [
+        (SamplingParams, "_validate_spec_decode", _allow_min_p_and_logit_bias),
+        (PrometheusStatLogger, "__init__", _register_metrics),
+        (PrometheusStatLogger, "record", _record_news),
+        (RequestSpecDecodeMetrics, "to_dict", _tell_counts),
+    ]
 
 
 def install() -> None:
@@ -168,6 +235,9 @@ def activate() -> None:
     Not at start: it would import ``vllm.sampling_params`` (seconds) into processes
     that have no use for it.
     """
+    from vllm_dspark.integration import stats
+
+    stats.add_fields()
     for owner, name, make in _on_activation():
         wrap_once(owner, name, make)
 

@@ -34,6 +34,7 @@ class StepReport:
         target_seconds: of the step, drafting not included.
         draft_seconds: of drafting and of the context K/V.
         draft_requests: requests that drafting was for, 0 if there was none.
+        draft_tokens: drafts made.
         cost: what steps cost, once, with the first step.
     """
 
@@ -41,6 +42,7 @@ class StepReport:
     target_seconds: float
     draft_seconds: float
     draft_requests: int
+    draft_tokens: int
     cost: CostFile | None = None
 
 

@@ -57,7 +57,7 @@ class DSparkRunnerMixin:
         self._drafted: Drafted | None = None
         self._drafted_req_ids: list[str] = []
         self._pending = PendingDrafts()
-        self._draft_times = (0.0, 0)
+        self._draft_times = (0.0, 0, 0)
         self._trace: Trace | None = None
         if chosen.trace is not None and get_tensor_model_parallel_rank() == 0:
             self._trace = Trace(chosen.trace)
@@ -176,7 +176,8 @@ class DSparkRunnerMixin:
         )
         self._drafted_req_ids = self.input_batch.req_ids.copy()
         seconds = time.perf_counter() - start
-        self._draft_times = (seconds, len(self._drafted_req_ids))
+        made = 0 if self._drafted is None else self._drafted.block.token_ids.numel()
+        self._draft_times = (seconds, len(self._drafted_req_ids), made)
         # ``requests``, not the step's finished ids: the last ones come in a step
         # without tokens, which never gets here.
         self._pending.update(self._drafted_req_ids, self._drafted, self.requests)
@@ -225,9 +226,9 @@ class DSparkRunnerMixin:
     ) -> None:
         """Nothing: ``take_draft_token_ids`` reads the drafts themselves."""
 
-    def take_draft_times(self) -> tuple[float, int]:
-        """Seconds of the drafting just done and its requests; zeros if none was."""
-        times, self._draft_times = self._draft_times, (0.0, 0)
+    def take_draft_times(self) -> tuple[float, int, int]:
+        """Seconds, requests and drafts of the drafting just done; zeros if none was."""
+        times, self._draft_times = self._draft_times, (0.0, 0, 0)
         return times
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:

@@ -16,14 +16,17 @@ import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_dspark.calibration.online import Prediction
+from vllm_dspark.integration import stats
 from vllm_dspark.integration.build import build_controller
 from vllm_dspark.integration.grammar import PADDING, keep_forbidden, without_forbidden
 from vllm_dspark.integration.report import StepReport, give_skip, take_report
 from vllm_dspark.integration.say import Sayer
+from vllm_dspark.metrics import Reporter
 from vllm_dspark.schedule.facts import Batch
 
 
@@ -32,6 +35,7 @@ class _Planned:
     """A step that was built: what was predicted for it, and what it reads."""
 
     ids: tuple[str, ...]
+    num_drafts: np.ndarray
     made: Prediction | None
     context_tokens: int
     positions: int
@@ -49,6 +53,8 @@ class DSparkScheduler(Scheduler):
         self._sayer = Sayer(self.controller)
         spec = self.vllm_config.speculative_config
         self._samples_drafts = spec.draft_sample_method == "probabilistic"
+        self._reporter = Reporter(self.controller)
+        stats.add_fields()
         self._planned: _Planned | None = None
         self._started: float | None = None  # of the step before, if it was busy since
         self._worked = 0.0  # seconds of the worker in it
@@ -61,8 +67,10 @@ class DSparkScheduler(Scheduler):
         self._started = now
         requests = [r for r in self.running if _decodes(r)]
         batch = self._batch(requests)
+        start = time.perf_counter()
         choice = self.controller.draft(batch)
         plan, made = self.controller.verify(batch, choice.positions)
+        self._reporter.planned(time.perf_counter() - start)
         for request, length in zip(requests, plan.verify_lens.tolist(), strict=True):
             if length < len(request.spec_token_ids):
                 request.spec_token_ids = request.spec_token_ids[:length]
@@ -70,7 +78,12 @@ class DSparkScheduler(Scheduler):
         output.num_spec_tokens_to_schedule = choice.positions
         give_skip(output, choice.skip)
         self._planned = _Planned(
-            batch.ids, made, batch.context_tokens, choice.positions, overhead
+            batch.ids,
+            batch.num_drafts,
+            made,
+            batch.context_tokens,
+            choice.positions,
+            overhead,
         )
         return output
 
@@ -125,6 +138,7 @@ class DSparkScheduler(Scheduler):
         report = take_report(model_runner_output)
         self._observe(scheduler_output, model_runner_output)
         if report is not None:
+            self.controller.drafted(report.draft_tokens)
             self._learn_times(scheduler_output, report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if report is not None and report.drafts is not None:
@@ -152,6 +166,11 @@ class DSparkScheduler(Scheduler):
         verified = np.minimum(verified, planned.made.survival.shape[1])
         accepted = np.minimum(accepted, verified)
         self.controller.observe(planned.made, verified, accepted, emitting)
+        for i in np.flatnonzero(emitting):
+            request = self.requests.get(planned.ids[i])
+            if request is not None and request.spec_decode_metrics is not None:
+                counts = (planned.num_drafts[i], verified[i], accepted[i])
+                stats.count_round(request, *map(int, counts))
 
     def _learn_times(self, step: SchedulerOutput, report: StepReport) -> None:
         if report.cost is not None:
@@ -198,6 +217,17 @@ class DSparkScheduler(Scheduler):
                 scheduler_output, self.requests, self.structured_output_manager
             )
         return super().get_grammar_bitmask(scheduler_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's, with news of the controller now and then."""
+        made = super().make_stats(*args, **kwargs)
+        if made is not None:
+            made.dspark = self._reporter.take(not self.has_unfinished_requests())
+        return made
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        stats.count_if_asked(request, self.num_spec_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.controller.forget([request.request_id])

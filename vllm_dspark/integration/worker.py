@@ -77,10 +77,10 @@ class _ReportingWorker:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         self._seconds += time.perf_counter() - start
         if isinstance(output, ModelRunnerOutput):
-            seconds, requests = runner.take_draft_times()
+            seconds, *drafted = runner.take_draft_times()
             drafts = runner.take_draft_token_ids() if self._one_message else None
             target = self._seconds - seconds
-            report = StepReport(drafts, target, seconds, requests, self._cost)
+            report = StepReport(drafts, target, seconds, *drafted, self._cost)
             give_report(output, report)
             self._cost = None
         return output

@@ -178,9 +178,7 @@ class Controller:
     def _count(self, plan: VerifyPlan, num_drafts: Ints, positions: int) -> None:
         totals = self.totals
         totals.steps += 1
-        totals.verified += int(plan.verify_lens.sum())
         totals.trimmed += int((num_drafts - plan.verify_lens).sum())
-        totals.drafted += positions * len(num_drafts)
         totals.bypassed_steps += positions == 0 and len(num_drafts) > 0
         totals.stops[plan.reason.value] += 1
         totals.draft_lens[positions] += 1
@@ -203,8 +201,15 @@ class Controller:
         self.gate.observe(made.ids, verified, accepted)
         rounds = int(emitting.sum())
         self._rounds_seen += rounds
+        self.totals.verified += int(verified.sum())
         self.totals.accepted += int(accepted.sum())
         self.totals.rounds += rounds
+        of_verified = np.arange(made.survival.shape[1]) < verified[:, None]
+        self.totals.expected += float(made.survival[of_verified].sum())
+
+    def drafted(self, tokens: int) -> None:
+        """Count what the worker drafted."""
+        self.totals.drafted += tokens
 
     def timed(
         self,

@@ -58,15 +58,30 @@ class DraftPlan:
 
 @dataclass
 class Totals:
-    """Counts since the start, for logs and metrics."""
+    """Counts since the start, for logs and metrics.
+
+    Args:
+        drafted: tokens the worker drafted.
+        verified: drafts verified.
+        trimmed: drafts the planner left out; those of a request that has ended are
+            neither.
+        accepted: drafts accepted.
+        expected: survivals summed over the verified, what ``accepted`` should be.
+        rounds: of requests that emitted tokens in a step with drafts.
+        planner_seconds: that choosing lengths took.
+        verify_lens: lengths chosen, by request and step.
+        draft_lens: lengths chosen, by step.
+    """
 
     steps: int = 0
     drafted: int = 0
     verified: int = 0
     trimmed: int = 0
     accepted: int = 0
+    expected: float = 0.0
     rounds: int = 0
     bypassed_steps: int = 0
+    planner_seconds: float = 0.0
     stops: Counter[str] = field(default_factory=Counter)
     verify_lens: Counter[int] = field(default_factory=Counter)
     draft_lens: Counter[int] = field(default_factory=Counter)

@@ -231,7 +231,7 @@ def _named(counts: Mapping[Any, int]) -> dict[str, int]:
 
 
 def _grown(now: Any, then: Any) -> Any:
-    """By how much a count, or each of several, has grown; those that have not left out."""
+    """By how much a count has grown, or those of several that have."""
     if not isinstance(now, dict):
         return now - then
     grown = {key: count - then.get(key, 0) for key, count in now.items()}

@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "plugin": {"integration"},
     "integration": {"*"},
 }
-NUMPY_ONLY = {"metrics", "schedule"}  # beside the standard library: no torch in the scheduler
+# Beside the standard library: no torch in the scheduler.
+NUMPY_ONLY = {"metrics", "schedule"}
 STANDARD_LIBRARY_ONLY = BASE | {"__init__", "_build_info", "cache", "provenance"}
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.engine import Engine, engine
 from tests.integration.recorder import prompt
-from tests.integration.subprocesses import run_python
+from tests.integration.subprocesses import run_python, run_python_with_output
 from tests.integration.test_adaptive import adaptive, cost_table, dear, free, jagged
 from tests.integration.test_server import ARGUMENTS, ENVIRONMENT
 from vllm_dspark.cli.server import Server
@@ -275,3 +275,48 @@ def test_requests_sum_up_to_the_totals(
         assert summed["verified"] > 0.8 * summed["drafted"]
     if seconds is dear:
         assert summed["verified"] < 0.5 * summed["drafted"]
+
+
+# ---- nobody else notices ----
+
+
+def test_an_engine_without_dspark_has_none_of_it(
+    tiny_target: Path, tiny_drafter: Path
+) -> None:
+    with engine(tiny_target, tiny_drafter):
+        pass  # the patches are in place from here on
+    with engine(tiny_target) as eng:
+        out = eng.generate(REQUESTS, params(extra_args={"dspark_stats": True}))
+        assert out[0].outputs[0].spec_decode_metrics is None
+        assert not [m for m in eng.llm.get_metrics() if m.name.startswith(PREFIX)]
+
+
+LATE = """
+import json, logging
+logging.basicConfig()
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm_dspark.integration.stats import add_fields, take_news
+def passed(sent):
+    made = EngineCoreOutputs(scheduler_stats=sent)
+    return MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(made))
+if {late}:
+    passed(SchedulerStats(3))
+add_fields()
+add_fields()
+stats = SchedulerStats(3)
+assert take_news(passed(stats).scheduler_stats) is None
+stats.dspark = {{"steps": 2, "verify_length": {{0: 1}}, "accepted_length": 1.5}}
+found = passed(stats).scheduler_stats
+assert found.num_running_reqs == 3
+print(json.dumps({{"same": take_news(found) == stats.dspark}}))
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_comes_too_late_is_said(late: bool) -> None:
+    """vLLM's reader of messages is fixed once an engine has one."""
+    found, output = run_python_with_output(LATE.format(late=late))
+    assert found["same"] is not late
+    assert output.count("will lack what DSpark adds") == (2 if late else 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from vllm_dspark.metrics import calibration_error
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.facts import Totals
 
@@ -55,9 +57,14 @@ class Sayer:
         rounds, drafted = now.rounds - then.rounds, now.drafted - then.drafted
         verified, trimmed = now.verified - then.verified, now.trimmed - then.trimmed
         accepted = now.accepted - then.accepted
-        parts = [f"{now.steps - then.steps} steps"]
+        steps = now.steps - then.steps
+        parts = [f"{steps} steps"]
         if rounds:
-            parts.append(f"{1 + accepted / rounds:.2f} tokens per round")
+            promised = 1 + (now.expected - then.expected) / rounds
+            parts.append(
+                f"{1 + accepted / rounds:.2f} tokens per round, "
+                f"{promised:.2f} promised by confidences"
+            )
             parts.append(f"{verified / rounds:.1f} drafts verified each")
         parts.append(f"{drafted} drafted, {trimmed} trimmed")
         reasons = self._controller.drafting.counts - self._reasons
@@ -67,4 +74,8 @@ class Sayer:
             )
         if self._controller.live is not None:
             parts.append(f"step times within {self._controller.live.error():.0%}")
+        if not math.isnan(error := calibration_error(self._controller)):
+            parts.append(f"calibration error {error:.3f}")
+        seconds = now.planner_seconds - then.planner_seconds
+        parts.append(f"planned in {1000 * seconds / steps:.2f} ms a step")
         return "; ".join(parts)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +276,25 @@ def test_requests_sum_up_to_the_totals(
         assert summed["verified"] > 0.8 * summed["drafted"]
     if seconds is dear:
         assert summed["verified"] < 0.5 * summed["drafted"]
+
+
+def test_rounds_without_drafts_do_not_count() -> None:
+    """As in vLLM's own numbers of a request; a bypass would thin out the mean."""
+    from vllm_dspark.integration import stats
+
+    stats.add_fields()
+    asked = SimpleNamespace(extra_args={"dspark_stats": True})
+    request = SimpleNamespace(sampling_params=asked, spec_decode_metrics=None)
+    stats.count_if_asked(request, 5)
+    for drafted, verified, accepted in ((5, 3, 1), (0, 0, 0), (5, 0, 0)):
+        stats.count_round(request, drafted, verified, accepted)
+    assert stats.with_counts(request.spec_decode_metrics, {"num": 1}) == {
+        "num": 1,
+        "dspark": {
+            **{"rounds": 2, "drafted": 10, "verified": 3, "accepted": 1},
+            "mean_verify_length": 1.5,
+        },
+    }
 
 
 # ---- nobody else notices ----

@@ -209,8 +209,8 @@ def test_a_corrected_table_is_a_warm_start(tmp_path: Path) -> None:
     live = LiveCost(true_table(WRONG["too dear"]))
     serve(live, MIXED, Machine(0.05, pauses=0.05))
     cost_file.save(tmp_path, replace(CONTENT, table=live.snapshot()))
-    table, _ = cost_file.load(tmp_path, KEY)
-    assert table is not None and off(LiveCost(table).snapshot(), MIXED) < 0.10
+    found, _ = cost_file.load(tmp_path, KEY)
+    assert found is not None and off(LiveCost(found.table).snapshot(), MIXED) < 0.10
 
 
 def test_error_is_of_the_last_observations_and_of_what_was_known_before() -> None:

@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_round_trip(path: Path, tmp_path: Path) -> None:
-    assert load(tmp_path, KEY) == (CONTENT.table, "")
+    assert load(tmp_path, KEY) == (CONTENT, "")
     assert cost_file.read(path) == CONTENT
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     raw = json.loads(path.read_text())
@@ -53,14 +53,15 @@ def test_a_table_of_a_smaller_engine_is_none(
     table = CONTENT.table
     ends = Limits(table.tokens[-1], table.requests[-1], table.positions[-1])
     save(tmp_path, CONTENT)
-    assert load(tmp_path, KEY, ends) == (table, "")
+    assert load(tmp_path, KEY, ends) == (CONTENT, "")
     further = replace(ends, **{part: getattr(ends, part) + 1})
     found, reason = load(tmp_path, KEY, further)
     assert found is None and f"ends at {part}" in reason
     assert caplog.records == []
     # Profiling that meant to go there and had no time for it is not repeated.
-    save(tmp_path, replace(CONTENT, measured={part: [getattr(further, part), 1]}))
-    assert load(tmp_path, KEY, further)[0] == table
+    meant = replace(CONTENT, measured={part: [getattr(further, part), 1]})
+    save(tmp_path, meant)
+    assert load(tmp_path, KEY, further) == (meant, "")
 
 
 def test_none_yet_is_no_warning(
@@ -187,7 +188,7 @@ def test_a_damaged_file_is_replaced_by_the_next_profile(
 ) -> None:
     cut(path)
     assert save(tmp_path, CONTENT) == path
-    assert load(tmp_path, KEY)[0] == CONTENT.table
+    assert load(tmp_path, KEY)[0] == CONTENT
 
 
 def test_where_nothing_can_be_kept_the_engine_goes_on(

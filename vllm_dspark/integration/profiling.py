@@ -25,6 +25,7 @@ from vllm_dspark.integration import compat
 from vllm_dspark.integration.config import drafter_folder, options
 from vllm_dspark.integration.device import device_name
 from vllm_dspark.integration.proposer import StepTokens
+from vllm_dspark.integration.report import CostReport
 from vllm_dspark.model.checkpoint import weights_hash
 from vllm_dspark.model.target import identify_target
 from vllm_dspark.schedule import cost_file
@@ -37,8 +38,10 @@ logger = logging.getLogger("vllm_dspark")
 _EMITTED = 2  # context rows that a request's round adds, typically
 
 
-def cost_of(runner: Any) -> CostFile | None:
+def cost_of(runner: Any) -> CostReport | None:
     """The cost table of this engine: from the cache, or measured now and put there.
+
+    The user's own file, if one is named, comes before both.
 
     None, with a warning, if it cannot be measured: then everything is verified.
     """
@@ -46,16 +49,16 @@ def cost_of(runner: Any) -> CostFile | None:
     named = options(config).cost_table
     try:
         if named is not None:
-            return cost_file.read(Path(named))
+            return CostReport(cost_file.read(Path(named)), None)
         key = _key(config)
     except ValueError as error:
         logger.warning("DSpark: no step costs, everything is verified: %s", error)
         return None
     timer = StepTimer(runner)
-    table, why = cost_file.load(root, key, timer.limits())
-    if _agreed(float(table is not None)):
+    found, why = cost_file.load(root, key, timer.limits())
+    if _agreed(float(found is not None)):
         logger.info("DSpark: step costs from %s", cost_file.path_of(root, key))
-        return None if table is None else CostFile(key, table, {}, {})
+        return None if found is None else CostReport(found, root)
     logger.info("DSpark: measuring what steps cost (%s)", why)
     try:
         with timer.running():
@@ -70,8 +73,8 @@ def cost_of(runner: Any) -> CostFile | None:
         return None
     logger.info("DSpark: step costs measured in %.1f s", measured.measured["seconds"])
     found = CostFile(key, measured.table, measured.measured, provenance.collect())
-    cost_file.save(root, found)
-    return found
+    kept = cost_file.save(root, found)
+    return CostReport(found, None if kept is None else root)
 
 
 def _agreed(value: float) -> float:

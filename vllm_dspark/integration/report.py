@@ -6,6 +6,7 @@ It travels with a step and with its output, so that it needs no message of its o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,20 @@ class DSparkDraftTokenIds(DraftTokenIds):
 
 
 @dataclass(frozen=True)
+class CostReport:
+    """What steps cost, and what may become of it.
+
+    Args:
+        content: the table, and what it holds for.
+        cache: root of the cache where corrections of it are kept; None if they are not:
+            it is the user's own file, or the cache cannot be written.
+    """
+
+    content: CostFile
+    cache: Path | None
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One step of the worker.
 
@@ -43,7 +58,7 @@ class StepReport:
     draft_seconds: float
     draft_requests: int
     draft_tokens: int
-    cost: CostFile | None = None
+    cost: CostReport | None = None
 
 
 def give_report(output: Any, report: StepReport) -> None:

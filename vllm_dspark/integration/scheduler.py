@@ -24,9 +24,15 @@ from vllm_dspark.calibration.online import Prediction
 from vllm_dspark.integration import stats
 from vllm_dspark.integration.build import build_controller
 from vllm_dspark.integration.grammar import PADDING, keep_forbidden, without_forbidden
-from vllm_dspark.integration.report import StepReport, give_skip, take_report
+from vllm_dspark.integration.report import (
+    CostReport,
+    StepReport,
+    give_skip,
+    take_report,
+)
 from vllm_dspark.integration.say import Sayer
 from vllm_dspark.metrics import Reporter
+from vllm_dspark.schedule.cost_keeper import CostKeeper
 from vllm_dspark.schedule.facts import Batch
 
 
@@ -55,6 +61,7 @@ class DSparkScheduler(Scheduler):
         self._samples_drafts = spec.draft_sample_method == "probabilistic"
         self._reporter = Reporter(self.controller)
         stats.add_fields()
+        self._keeper: CostKeeper | None = None
         self._planned: _Planned | None = None
         self._started: float | None = None  # of the step before, if it was busy since
         self._worked = 0.0  # seconds of the worker in it
@@ -145,6 +152,8 @@ class DSparkScheduler(Scheduler):
             self.update_draft_token_ids(report.drafts)
         if not self.has_unfinished_requests():
             self._started = None  # what follows is waiting, not work
+            if self._keeper is not None:
+                self._keeper.idle()
         self._sayer.say()
         return outputs
 
@@ -174,7 +183,7 @@ class DSparkScheduler(Scheduler):
 
     def _learn_times(self, step: SchedulerOutput, report: StepReport) -> None:
         if report.cost is not None:
-            self.controller.price(report.cost.table)
+            self._price(report.cost)
         planned, tokens = self._planned, step.total_num_scheduled_tokens
         self._worked = report.target_seconds + report.draft_seconds
         if planned is None or not tokens:
@@ -192,6 +201,11 @@ class DSparkScheduler(Scheduler):
             drafted,
             planned.overhead,
         )
+
+    def _price(self, cost: CostReport) -> None:
+        live = self.controller.price(cost.content.table)
+        if cost.cache is not None:
+            self._keeper = CostKeeper(cost.cache, cost.content, live)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         super().update_draft_token_ids(draft_token_ids)
@@ -228,6 +242,11 @@ class DSparkScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         super().add_request(request)
         stats.count_if_asked(request, self.num_spec_tokens)
+
+    def shutdown(self) -> None:
+        if self._keeper is not None:
+            self._keeper.keep()
+        super().shutdown()
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.controller.forget([request.request_id])

@@ -16,11 +16,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_dspark.integration.config import EXECUTOR_CLS, options
 from vllm_dspark.integration.profiling import cost_of
-from vllm_dspark.integration.report import StepReport, give_report
+from vllm_dspark.integration.report import CostReport, StepReport, give_report
 from vllm_dspark.integration.runner import DSparkCPUModelRunner, DSparkGPUModelRunner
 from vllm_dspark.integration.say import log_like_vllm
 from vllm_dspark.ops import extension_native
-from vllm_dspark.schedule.cost_file import CostFile
 
 
 @contextmanager
@@ -50,7 +49,7 @@ class _ReportingWorker:
     """What both workers add: the cost table, and a report with every output."""
 
     _one_message = False
-    _cost: CostFile | None = None
+    _cost: CostReport | None = None
     _seconds = 0.0  # of the step under way
 
     def compile_or_warm_up_model(self) -> Any:

@@ -66,9 +66,10 @@ class Controller:
         self._rounds_seen = 0
         self._choice = DraftingChoice(width, Reason.NO_HISTORY)
 
-    def price(self, table: CostTable) -> None:
+    def price(self, table: CostTable) -> LiveCost:
         """Take a cost table, and follow it live from now on."""
         self.live = LiveCost(table)
+        return self.live
 
     @property
     def adapts(self) -> bool:

@@ -23,6 +23,7 @@ from vllm_dspark.schedule.profile_points import Limits
 KIND = "dspark-cost"
 SCHEMA = 1
 FOLDER = "cost"  # under the cache's root
+AXES = ("batch_tokens", "requests", "positions")  # of a table
 
 logger = logging.getLogger("vllm_dspark")
 
@@ -82,8 +83,8 @@ def path_of(root: Path, key: CostKey) -> Path:
 
 def load(
     root: Path, key: CostKey, limits: Limits | None = None
-) -> tuple[CostTable | None, str]:
-    """The cached table, or None and why there is none: profile then.
+) -> tuple[CostFile | None, str]:
+    """The cached file, or None and why there is none: profile then.
 
     A file that exists and cannot be used is reported with one warning; one that was
     measured for a smaller engine than ``limits`` is none.
@@ -97,11 +98,11 @@ def load(
         logger.warning("dspark: the cost table is ignored, profiling anew: %s", error)
         return None, str(error)
     lacking = "" if limits is None else _lacking(found, limits)
-    return (None if lacking else found.table), lacking
+    return (None if lacking else found), lacking
 
 
 def reach(found: CostFile, name: str) -> int:
-    """How far a table goes in ``batch_tokens``, ``requests`` or ``positions``.
+    """How far a table goes along one of `AXES`.
 
     What counts is how far its profiling meant to go: where time ran out before, it
     would run out again.
@@ -120,7 +121,7 @@ def reach(found: CostFile, name: str) -> int:
 
 def _lacking(found: CostFile, limits: Limits) -> str:
     """Why a table does not reach as far as an engine needs, or nothing."""
-    for name in ("batch_tokens", "requests", "positions"):
+    for name in AXES:
         end, wanted = reach(found, name), getattr(limits, name)
         if end < wanted:
             return f"the cost table ends at {name} {end}, this engine's at {wanted}"

@@ -156,6 +156,8 @@ class DSparkOptions:
             ``reference`` plain torch, ``auto`` the fastest one that is there.
         trace: file to which every decoding round is appended, one JSON line each
             (``integration/trace.py`` names the keys); None writes nothing.
+        step_log: file to which every engine step is appended, one JSON line each
+            (``integration/step_log.py`` names the keys); None writes nothing.
         policy: how many drafts are made and verified: ``adaptive`` by calibrated
             confidence, load and what steps cost; ``fixed`` always all;
             ``threshold`` those that survive with at least `threshold` (2.3).
@@ -169,6 +171,7 @@ class DSparkOptions:
 
     backend: str = _choice("auto", "auto", "native", "reference")
     trace: str | None = _optional_path()
+    step_log: str | None = _optional_path()
     policy: str = _choice("adaptive", "adaptive", "fixed", "threshold")
     threshold: float = _number(0.5, 0.0, 1.0)
     bypass: bool = _flag(True)

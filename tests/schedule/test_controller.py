@@ -196,3 +196,13 @@ def test_prompts_in_a_step_do_not_make_drafts_look_cheap() -> None:
     # Good ones are.
     good = replace(batch(np.full((4, 3), 0.9), 4), prefill_tokens=200)
     assert controller.verify(good, 0)[0].verify_lens.sum() > 0
+
+
+def test_the_seconds_of_a_step_are_those_of_its_parts() -> None:
+    controller = Controller(WIDTH)
+    assert controller.predicted_seconds(9, 100, 2, 3) is None
+    controller.price(DEMO)
+    target = float(DEMO.step_seconds(9, 100))
+    drafting = float(DEMO.draft_seconds(2, 3))
+    assert controller.predicted_seconds(9, 100, 2, 3) == target + drafting
+    assert controller.predicted_seconds(9, 100, 0, 3) == target

@@ -162,7 +162,7 @@ SYMBOLS: tuple[Symbol, ...] = (
         "request",
         "overridden: the controller forgets a request",
     ),
-    _s(_SCHEDULER + ".shutdown", "", "overridden: the corrected cost table is kept"),
+    _s(_SCHEDULER + ".shutdown", "", "overridden: cost table and log are kept"),
     _s("vllm.v1.request:Request", None, "read"),
     # metrics (stats.py, patches.py)
     _s(_SCHEDULER + ".make_stats", None, "overridden: with news of the controller"),

@@ -62,7 +62,7 @@ def activate(vllm_config: Any) -> None:
     """
     compat.require()
     chosen = options(vllm_config)
-    _check_trace(chosen.trace)
+    _check_folders({"trace": chosen.trace, "step_log": chosen.step_log})
     check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
     _check_policy(vllm_config.speculative_config, chosen.policy)
     # Ours needs neither CUDA graphs nor the rest of what vLLM asks for its own.
@@ -75,12 +75,14 @@ def activate(vllm_config: Any) -> None:
     patches.activate()
 
 
-def _check_trace(trace: str | None) -> None:
-    if trace is not None and not os.path.isdir(os.path.dirname(trace) or "."):
-        raise ValueError(
-            f"dspark option 'trace' is {trace!r}, but there is no folder "
-            f"{os.path.dirname(trace)}; make it first"
-        )
+def _check_folders(named: dict[str, str | None]) -> None:
+    """Files that are written: their folders must be there."""
+    for name, path in named.items():
+        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+            raise ValueError(
+                f"dspark option {name!r} is {path!r}, but there is no folder "
+                f"{os.path.dirname(path)}; make it first"
+            )
 
 
 def check_files(named: dict[str, str | None]) -> None:

@@ -9,7 +9,6 @@ there for others in the same step.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,11 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_dspark.calibration.online import Prediction
 from vllm_dspark.integration import stats
 from vllm_dspark.integration.build import build_controller
+from vllm_dspark.integration.config import options
 from vllm_dspark.integration.grammar import PADDING, keep_forbidden, without_forbidden
+from vllm_dspark.integration.planned import Planned
 from vllm_dspark.integration.report import (
     CostReport,
     StepReport,
@@ -31,21 +31,10 @@ from vllm_dspark.integration.report import (
     take_report,
 )
 from vllm_dspark.integration.say import Sayer
+from vllm_dspark.integration.step_log import StepLog
 from vllm_dspark.metrics import Reporter
 from vllm_dspark.schedule.cost_keeper import CostKeeper
 from vllm_dspark.schedule.facts import Batch
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A step that was built: what was predicted for it, and what it reads."""
-
-    ids: tuple[str, ...]
-    num_drafts: np.ndarray
-    made: Prediction | None
-    context_tokens: int
-    positions: int
-    overhead: float | None  # seconds outside the worker before it
 
 
 class DSparkScheduler(Scheduler):
@@ -62,14 +51,16 @@ class DSparkScheduler(Scheduler):
         self._reporter = Reporter(self.controller)
         stats.add_fields()
         self._keeper: CostKeeper | None = None
-        self._planned: _Planned | None = None
+        named = options(self.vllm_config).step_log
+        self._step_log = None if named is None else StepLog(named)
+        self._planned: Planned | None = None
         self._started: float | None = None  # of the step before, if it was busy since
         self._worked = 0.0  # seconds of the worker in it
 
     # ---- before a step ----
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        now = time.perf_counter()
+        now, built = time.perf_counter(), time.monotonic()
         overhead = None if self._started is None else now - self._started - self._worked
         self._started = now
         requests = [r for r in self.running if _decodes(r)]
@@ -84,13 +75,15 @@ class DSparkScheduler(Scheduler):
         output = super().schedule(*args, **kwargs)
         output.num_spec_tokens_to_schedule = choice.positions
         give_skip(output, choice.skip)
-        self._planned = _Planned(
+        self._planned = Planned(
             batch.ids,
             batch.num_drafts,
             made,
             batch.context_tokens,
             choice.positions,
+            choice.reason,
             overhead,
+            built,
         )
         return output
 
@@ -146,6 +139,7 @@ class DSparkScheduler(Scheduler):
         self._observe(scheduler_output, model_runner_output)
         if report is not None:
             self.controller.drafted(report.draft_tokens)
+            self._log(scheduler_output, model_runner_output, report)
             self._learn_times(scheduler_output, report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if report is not None and report.drafts is not None:
@@ -154,6 +148,8 @@ class DSparkScheduler(Scheduler):
             self._started = None  # what follows is waiting, not work
             if self._keeper is not None:
                 self._keeper.idle()
+            if self._step_log is not None:
+                self._step_log.flush()
         self._sayer.say()
         return outputs
 
@@ -180,6 +176,13 @@ class DSparkScheduler(Scheduler):
             if request is not None and request.spec_decode_metrics is not None:
                 counts = (planned.num_drafts[i], verified[i], accepted[i])
                 stats.count_round(request, *map(int, counts))
+
+    def _log(
+        self, step: SchedulerOutput, output: ModelRunnerOutput, report: StepReport
+    ) -> None:
+        planned = self._planned
+        if self._step_log is not None and planned and step.total_num_scheduled_tokens:
+            self._step_log.step(self.controller, planned, step, output, report)
 
     def _learn_times(self, step: SchedulerOutput, report: StepReport) -> None:
         if report.cost is not None:
@@ -246,6 +249,8 @@ class DSparkScheduler(Scheduler):
     def shutdown(self) -> None:
         if self._keeper is not None:
             self._keeper.keep()
+        if self._step_log is not None:
+            self._step_log.flush()
         super().shutdown()
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

@@ -14,17 +14,14 @@ which a server always makes, and when the engine shuts down.
 
 from __future__ import annotations
 
-import json
-import os
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 
+from vllm_dspark.integration.json_lines import JsonLines
 from vllm_dspark.integration.pending import PendingDrafts
-
-_BLOCK = 512  # lines kept before they are written
 
 
 class Trace:
@@ -35,8 +32,7 @@ class Trace:
     """
 
     def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._lines: list[str] = []
+        self._lines = JsonLines(path)
 
     def step(
         self,
@@ -68,7 +64,7 @@ class Trace:
             if not decoding[row]:
                 continue
             position = int(batch.num_tokens_no_spec[row]) - 1
-            self._note(
+            self._lines.add(
                 request=req_id,
                 position=position,
                 anchor=int(batch.token_ids_cpu[row, position]),
@@ -78,14 +74,6 @@ class Trace:
                 temperature=requests[req_id].sampling_params.temperature,
             )
 
-    def _note(self, **fields: Any) -> None:
-        self._lines.append(json.dumps(fields, allow_nan=False) + "\n")
-        if len(self._lines) >= _BLOCK:
-            self.flush()
-
     def flush(self) -> None:
         """Write what is kept."""
-        data = memoryview("".join(self._lines).encode())
-        self._lines.clear()
-        while len(data):
-            data = data[os.write(self._file, data) :]
+        self._lines.flush()

@@ -185,6 +185,25 @@ class Controller:
         totals.draft_lens[positions] += 1
         totals.verify_lens.update(plan.verify_lens.tolist())
 
+    def predicted_seconds(
+        self, batch_tokens: int, context_tokens: int, num_reqs: int, positions: int
+    ) -> float | None:
+        """Seconds of a step's target and drafting by what is known; None if nothing is.
+
+        Args:
+            batch_tokens: B, prompts included.
+            context_tokens: as in `Batch`.
+            num_reqs: that are drafted for, 0 for no drafting.
+            positions: of each of them.
+        """
+        if self.live is None:
+            return None
+        table = self.live.snapshot()
+        seconds = float(table.step_seconds(batch_tokens, context_tokens))
+        if num_reqs:
+            seconds += float(table.draft_seconds(num_reqs, positions))
+        return seconds
+
     # ---- after a step ----
 
     def observe(

@@ -44,8 +44,10 @@ def test_every_step_is_there(
     assert [row["step"] for row in found] == list(range(len(found)))
     times = [row["time"] for row in found]
     assert times == sorted(times)
-    assert sum(r["emitted"] for r in found) == sum(len(t.tokens) for t in texts)
     prompts = sum(len(ids) for _, ids, _ in ARRIVALS)
+    new = sum(len(t.tokens) for t in texts) - prompts
+    # The round that ends a text may go on past its end.
+    assert new <= sum(r["emitted"] for r in found) <= new + 5 * len(ARRIVALS)
     assert sum(r["prompt_tokens"] for r in found) == prompts
     assert max(r["requests"] for r in found) > 2
     assert sum(r["verified"] for r in found) == stats.draft_tokens > 50

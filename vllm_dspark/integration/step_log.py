@@ -9,7 +9,7 @@ which something was computed:
 * ``positions`` (drafted for each request at its end), ``reason`` (of that number)
 * ``predicted_seconds`` (of target and drafting together; null while nothing is known of
   costs), ``target_seconds`` and ``draft_seconds`` (measured in the worker)
-* ``emitted`` (tokens)
+* ``emitted`` (tokens, those past the end of a text included)
 
 Lines are written in whole blocks: at the latest when no request is left, and when the
 engine shuts down in order.

@@ -156,8 +156,8 @@ def _maps(data: Dataset, acceptance: Acceptance, spread_u: float) -> Floats:
         both = math.hypot(spread, spread_u)
         mean = _solve(lambda m, s=both: _mean(m, s), rate)
         shown = t * both if acceptance.informed else 0.0
-        bias = 0.0  # of an exact head; any other is wrong on average by the excess
-        if excess:
+        bias = 0.0  # of an exact head; any other's mean is off by the excess
+        if excess or not acceptance.informed:
             wanted = min(max(rate + excess, 1e-3), 1 - 1e-3)
             bias = _solve(lambda b, s=shown: _mean(b, s), wanted) - t * mean
         found.append((mean, spread, bias + acceptance.bias))

@@ -94,7 +94,8 @@ class Engine:
         self.controller: Controller | None = None
         if arm.width:
             self.controller = Controller(arm.width, arm.options)
-            self.controller.price(machine.believed or machine.table)
+            if arm.options.policy == "adaptive":  # no other policy looks at costs
+                self.controller.price(machine.believed or machine.table)
         self._noise = np.random.default_rng((seed, 1))
         self.clock = 0.0
         self.running: list[Request] = []

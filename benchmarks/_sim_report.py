@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import _bench_common as common
+import numpy as np
 
 from vllm_dspark.calibration.plots import figure
 
@@ -32,6 +33,25 @@ def winners(arms: Arms) -> dict[str, Any]:
                 entry["adaptive_to_best_fixed"] = mine / max(fixed)
         found[load] = entry
     return found
+
+
+def at_matched_throughput(arms: Arms, mine: str, other: str) -> dict[str, float]:
+    """Per-user speed of one arm over another's where both serve as much together.
+
+    Args:
+        mine: its loads are the points; left out where the other never serves as much,
+            or more at its smallest load.
+    """
+    if mine not in arms or other not in arms:
+        return {}
+    rows = sorted(arms[other].values(), key=lambda row: row["output_throughput"])
+    speed = [row["output_throughput"] for row in rows]
+    each = [row["tok_s_per_user"] for row in rows]
+    return {
+        load: row["tok_s_per_user"] / float(np.interp(total, speed, each))
+        for load, row in arms[mine].items()
+        if speed[0] <= (total := row["output_throughput"]) <= speed[-1]
+    }
 
 
 def show(title: str, arms: Arms) -> None:

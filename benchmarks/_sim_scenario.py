@@ -62,7 +62,7 @@ def read(path: Path) -> Scenario:
         raise ValueError(f"{path}: 'kind' is {raw.get('kind')!r:.60}, not {KIND!r}")
     published = {
         name: {int(load): float(v) for load, v in loads.items()}
-        for name, loads in raw["published"].items()
+        for name, loads in raw.get("published", {}).items()
     }
     parts = raw["acceptance"]
     acceptance = Acceptance(
@@ -71,10 +71,11 @@ def read(path: Path) -> Scenario:
         parts.get("request_spread", 0.0),
     )
     work = Workload(**raw["workload"])
-    tau = raw["derived"].get("tau")
-    if tau is None:
+    if "cost_from" in raw:
+        table = read(path.parent / raw["cost_from"]).machine.table
+    else:
         tau = float(np.mean([d.tau for d in acceptance.datasets.values()]))
-    table = derived_table(published, tau, work, raw["derived"])
+        table = derived_table(published, tau, work, raw["derived"])
     return Scenario(
         raw["name"],
         acceptance,

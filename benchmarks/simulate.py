@@ -101,7 +101,15 @@ def simulate(args: argparse.Namespace, scenario: Scenario) -> dict[str, Any]:
             scenario, args.arms, loads, bool(args.rates), args.seed, steps, advance
         )
     report.show(scenario.name, arms)
-    found: dict[str, Any] = {"arms": arms, "winners": report.winners(arms)}
+    found: dict[str, Any] = {
+        "arms": arms,
+        "winners": report.winners(arms),
+        "per_user_at_matched_throughput": {
+            other: report.at_matched_throughput(arms, "adaptive", other)
+            for other in arms
+            if other != "adaptive"
+        },
+    }
     if args.png:
         report.draw(scenario.name, arms, args.png, scenario.published)
         print(f"written: {args.png}")

@@ -258,7 +258,7 @@ class Engine:
             if not request.prompt:
                 request.first = self.clock
                 counts.firsts += 1
-                counts.ttft.append(self.clock - request.arrival)
+                counts.ttft.append(self.clock - request.sent)
                 self._emit(request, 1)
         counts.steps += 1
         counts.decode_steps += bool(rows)

@@ -44,7 +44,7 @@ class Request:
         dataset: where its text is from.
         prompt: tokens of its prompt that are not in the K/V cache yet.
         output: tokens it still has to emit.
-        arrival: when it was sent.
+        arrival: when the engine knows of it; sent: when the client sent it.
         context: its tokens in the K/V cache.
         first, last: when its first and last token came; emitted: tokens so far.
         drafts: drafts that wait for verification, alive of which would be accepted.
@@ -66,6 +66,7 @@ class Request:
     confidence: np.ndarray | None = None
     number: int = 0
     offset: float = 0.0
+    sent: float = 0.0
 
 
 @dataclass
@@ -78,7 +79,8 @@ class Load:
         clients: of a closed loop: each has one request at a time.
         rate: of an open loop, requests a second (Poisson); `clients` is not used then.
         count: requests in all; None for no end.
-        turnaround: seconds in which a client reads an answer and asks again.
+        turnaround: seconds from a client's asking to the engine's knowing; the server
+            takes one request after the other, so that many at once trickle in.
         start: number of the first request, where a load goes on from another.
         seed: of everything.
     """
@@ -88,11 +90,12 @@ class Load:
     clients: int = 1
     rate: float | None = None
     count: int | None = None
-    turnaround: float = 0.003
+    turnaround: float = 0.005
     start: int = 0
     seed: int = 0
     sent: int = 0
     _arrival: float = 0.0
+    _ready: float = 0.0
     _waiting: list[Request] = field(default_factory=list)
 
     def begin(self, now: float) -> None:
@@ -106,12 +109,13 @@ class Load:
             return
         number = self.start + self.sent
         self.sent += 1
-        self._waiting.append(replace(self.text(number), arrival=at))
+        self._ready = max(self._ready, at) + self.turnaround
+        self._waiting.append(replace(self.text(number), arrival=self._ready, sent=at))
 
     def answered(self, now: float) -> None:
         """An answer has been read: a client of a closed loop asks again."""
         if self.rate is None:
-            self._send(now + self.turnaround)
+            self._send(now)
 
     def arrived(self, now: float) -> list[Request]:
         """Requests that have come by now; they are the caller's from now on."""

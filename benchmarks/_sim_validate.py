@@ -2,9 +2,10 @@
 
 The same number of requests, answers and rounds as in the sweep, from an idle server
 after the same warm-up. What the server and its client take is not in a cost table; it
-is had from the sweep's `none` arm alone: a factor of all steps (the machine at another
-hour), seconds per step, and per answer that a step adds to. With them the measured
-durations of that arm are fitted, and everything else is predicted.
+is had from the throughput of the sweep's `none` arm alone: seconds per step, and per
+answer that a step adds to. Everything else is predicted. A factor of the whole table
+(the machine at another hour) can be fitted as well (`--fit-scale`), but that arm hardly
+tells it from seconds per answer, as each of its answers is a token of the step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from _sim_load import Load, Workload
 from _sim_parts import Counts, Limits, Machine, arm
 from _sim_run import figures
 from _sim_scenario import Scenario
+
+# What a duration is made of: the table's seconds, steps, answers.
+PARTS = ("scale", "per_step", "per_answer")
 
 
 def like(scenario: Scenario, settings: dict[str, Any]) -> Scenario:
@@ -68,47 +72,54 @@ def simulate_sweep(
 
 
 def fit_overhead(
-    scenario: Scenario, settings: dict[str, Any], measured: dict[str, Any]
+    scenario: Scenario,
+    settings: dict[str, Any],
+    measured: dict[str, Any],
+    fitted: tuple[str, ...] = PARTS[1:],
 ) -> Machine:
-    """The machine with scale and overheads that the `none` arm shows.
+    """The machine with the overheads that the `none` arm's throughput shows.
+
+    What that arm does in a closed loop hardly depends on time, so its duration is a
+    sum of so many seconds of the table, steps and answers: linear least squares.
 
     Args:
         measured: of that arm, by load.
+        fitted: which of `PARTS`; the others stay as they are.
     """
-    plain = replace(
-        scenario.machine, scale=1.0, per_step=0.0, per_answer=0.0, noise=0.0
-    )
+    plain = replace(scenario.machine, per_step=0.0, per_answer=0.0, noise=0.0)
     exact = replace(scenario, machine=plain)
     runs = max(row["runs"] for row in measured.values())
-    by_load = simulate_sweep(exact, "none", settings, runs, seed=0)
     rows, wanted = [], []
-    for clients, counts in by_load.items():
+    for clients, counts in simulate_sweep(exact, "none", settings, runs, 0).items():
         speed = measured[str(clients)]["output_throughput"]
         seconds = sum(c.emitted for c in counts) / speed
-        idle = sum(c.seconds - c.busy for c in counts)
-        parts = [
+        parts = (
             sum(c.busy for c in counts),
             sum(c.steps for c in counts),
             sum(c.answers for c in counts),
-        ]
+        )
         rows.append(np.array(parts) / seconds)
-        wanted.append(1 - idle / seconds)
-    scale, per_step, per_answer = _not_negative(np.array(rows), np.array(wanted))
-    return replace(
-        scenario.machine, scale=scale, per_step=per_step, per_answer=per_answer
-    )
+        wanted.append(1 - sum(c.seconds - c.busy for c in counts) / seconds)
+    columns = [PARTS.index(name) for name in fitted]
+    found = _not_negative(np.array(rows), np.array(wanted), columns)
+    return replace(scenario.machine, **dict(zip(PARTS, found, strict=True)))
 
 
-def _not_negative(rows: np.ndarray, wanted: np.ndarray) -> tuple[float, float, float]:
-    """Least squares with coefficients of 0 or more; the first one positive."""
-    best, least = (1.0, 0.0, 0.0), np.inf
-    for used in ((0, 1, 2), (0, 1), (0, 2), (0,)):
-        x, *_ = np.linalg.lstsq(rows[:, used], wanted, rcond=None)
-        error = float(((rows[:, used] @ x - wanted) ** 2).sum())
-        if (x >= 0).all() and x[0] > 0 and error < least:
-            full = np.zeros(3)
+def _not_negative(
+    rows: np.ndarray, wanted: np.ndarray, columns: list[int]
+) -> list[float]:
+    """Least squares in some columns, none below 0; the first is 1 if not among them."""
+    best, least = [1.0, 0.0, 0.0], np.inf
+    free = [1.0 if 0 not in columns else 0.0, 0.0, 0.0]
+    rest = wanted - rows @ np.array(free)
+    for count in range(1, len(columns) + 1):
+        for used in itertools.combinations(columns, count):
+            x, *_ = np.linalg.lstsq(rows[:, used], rest, rcond=None)
+            full = np.array(free)
             full[list(used)] = x
-            best, least = tuple(full.tolist()), error  # type: ignore[assignment]
+            error = float(((rows @ full - wanted) ** 2).sum())
+            if (x >= 0).all() and full[0] > 0 and error < least:
+                best, least = full.tolist(), error
     return best
 
 
@@ -116,6 +127,7 @@ def validate(
     scenario: Scenario,
     result: dict[str, Any],
     seeds: int = 5,
+    fit_scale: bool = False,
     show: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Every measured point beside the simulated one.
@@ -124,6 +136,7 @@ def validate(
         scenario: cost table and acceptance; load and limits become the sweep's.
         result: result.json of ``serve_sweep.py``.
         seeds: simulations that are averaged.
+        fit_scale: whether a factor of the table is fitted too.
 
     Raises:
         ValueError: the sweep has no `none` arm.
@@ -132,7 +145,8 @@ def validate(
         raise ValueError("the sweep has no arm none, which overheads are taken from")
     settings = result["settings"]
     scenario = like(scenario, settings)
-    machine = fit_overhead(scenario, settings, result["arms"]["none"])
+    fitted = PARTS if fit_scale else PARTS[1:]
+    machine = fit_overhead(scenario, settings, result["arms"]["none"], fitted)
     scenario = replace(scenario, machine=machine)
     arms: dict[str, Any] = {}
     for name, loads in result["arms"].items():

@@ -68,6 +68,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wrong", nargs="+", default=[], metavar="HOW", help="sensitivity (adaptive)")
     add("--validate", type=Path, metavar="RESULT", help="result.json of a sweep")
     add("--seeds", type=int, default=5, help="simulations a validated point (5)")
+    scale = "with it: also fit a factor of the cost table to the none arm"
+    add("--fit-scale", action="store_true", help=scale)
     add("--json", type=Path, help="write everything here")
     add("--png", type=Path, help="draw it here")
     args = parser.parse_args(argv)
@@ -163,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
             sweep = json.loads(args.validate.read_text())
             total = validation.points(sweep, args.seeds)
             with run.progress("simulating the sweep", total) as advance:
-                found = validation.validate(scenario, sweep, args.seeds, advance)
+                found = validation.validate(
+                    scenario, sweep, args.seeds, args.fit_scale, advance
+                )
             report.show_validation(found)
             result["validation"] = found
         else:

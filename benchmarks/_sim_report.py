@@ -40,13 +40,17 @@ def at_matched_throughput(arms: Arms, mine: str, other: str) -> dict[str, float]
 
     Args:
         mine: its loads are the points; left out where the other never serves as much,
-            or more at its smallest load.
+            or always more.
+        other: between its loads linear, without those at which it serves less than
+            with fewer clients.
     """
     if mine not in arms or other not in arms:
         return {}
-    rows = sorted(arms[other].values(), key=lambda row: row["output_throughput"])
-    speed = [row["output_throughput"] for row in rows]
-    each = [row["tok_s_per_user"] for row in rows]
+    rows = sorted(arms[other].values(), key=lambda row: -row["tok_s_per_user"])
+    speed = np.maximum.accumulate([row["output_throughput"] for row in rows])
+    best = np.diff(speed, prepend=0.0) > 0
+    each = np.array([row["tok_s_per_user"] for row in rows])[best]
+    speed = speed[best]
     return {
         load: row["tok_s_per_user"] / float(np.interp(total, speed, each))
         for load, row in arms[mine].items()

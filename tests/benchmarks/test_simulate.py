@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import _sim_acceptance as acceptance
+import _sim_report as report
 import _sim_scenario as scenarios
 import numpy as np
 import pytest
@@ -203,6 +204,42 @@ def test_a_cost_table_from_throughput_gives_it_back() -> None:
             seconds = float(table.step_seconds(tokens, context * r))
             assert seconds == pytest.approx(step(tokens, r), rel=0.02)
         assert float(table.draft_seconds(r, 7)) == pytest.approx(draft[r], rel=0.02)
+
+
+# Drafting is free to be left out, but for what keeps the drafter's context up.
+@pytest.mark.parametrize("rate", [0.3, 0.6, 0.85])
+@pytest.mark.parametrize("clients", [2, 8, 64])
+def test_adaptive_is_not_worse_than_what_could_be_set_by_hand(
+    clients: int, rate: float
+) -> None:
+    work = Workload(250, 512, prefill=False)
+    scenario = scenarios.Scenario(
+        "t", acceptance.constant(rate, WIDTH, 0.8), Machine(DEMO, noise=0.03), work=work
+    )
+    rows = {
+        name: point(scenario, name, clients, steps=(300, max(400, 4000 // clients)))
+        for name in ("none", "fixed-1", "fixed-3", "fixed-7", "adaptive")
+    }
+    speed = {name: row["output_throughput"] for name, row in rows.items()}
+    upkeep = float(DEMO.draft_seconds(clients, 0) / DEMO.step_seconds(clients))
+    assert speed["adaptive"] > (1 - upkeep - 0.015) * speed["none"]
+    # Chance moves arms against each other by 1 to 2% in so few rounds.
+    fixed = max(v for name, v in speed.items() if name.startswith("fixed"))
+    assert speed["adaptive"] > 0.96 * fixed
+
+
+def test_speed_of_a_user_at_matched_throughput() -> None:
+    def rows(*points: tuple[float, float]) -> dict[str, dict[str, float]]:
+        keys = ("output_throughput", "tok_s_per_user")
+        return {str(i): dict(zip(keys, p, strict=True)) for i, p in enumerate(points)}
+
+    arms = {
+        "adaptive": rows((100.0, 60.0), (150.0, 40.0), (300.0, 9.0)),
+        # The last load serves less than the one before: nobody would choose it.
+        "fixed-7": rows((50.0, 50.0), (150.0, 30.0), (120.0, 5.0)),
+    }
+    found = report.at_matched_throughput(arms, "adaptive", "fixed-7")
+    assert found == pytest.approx({"0": 60 / 40, "1": 40 / 30})
 
 
 def test_what_the_controller_believes_can_be_wrong() -> None:

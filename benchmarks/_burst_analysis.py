@@ -3,8 +3,10 @@
 A policy that probes and explores never stands still, so "is where it stays" means: the
 running median lies in a band around the median of the last half of the phase. The band
 holds nine tenths of that half's own running medians, and is at least `TOLERANCE` wide
-to either side. Steps that probe are left out, and so is the verification of what they
-drafted, in the step after.
+to either side. A figure whose band also holds what was before the jump, though not as
+its own median, has no steady state to speak of (one client whose answers differ much,
+say), and nothing is said of it. Steps that probe are left out, and so is the
+verification of what they drafted, in the step after.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def jumps(rows: Rows, loads: Sequence[int], marks: Sequence[float]) -> list[Any]
         ``positions`` and ``verify_length`` what `settled` gives; ``settled_after``
         counts engine steps from the jump until both are where they stay, None if they
         never are; ``within`` says whether that was soon enough, None where the phase is
-        too short to say.
+        too short or a figure too unsteady to say.
 
     Raises:
         ValueError: a phase without a step in which requests decode.
@@ -81,7 +83,8 @@ def jumps(rows: Rows, loads: Sequence[int], marks: Sequence[float]) -> list[Any]
         }
         after = [figure["settled_after"] for figure in figures.values()]
         late = None if None in after else max(after)
-        judged = len(phase) >= 2 * WITHIN
+        told = all(figure["moved"] is not None for figure in figures.values())
+        judged = told and len(phase) >= 2 * WITHIN
         found.append(
             {
                 "from": loads[i - 1],
@@ -139,27 +142,24 @@ def settled(before: Series, figure: Series) -> dict[str, Any]:
 
     Returns:
         ``before`` and ``steady`` (what it was in the phase before, and is in this one),
-        ``band`` (see above), ``moved`` (whether the two are further apart than that:
-        otherwise there was nothing to follow), ``settled_after`` (engine steps since
-        the jump; None if never).
+        ``band`` (see above), ``moved`` (whether there was something to follow; None if
+        the figure is too unsteady to say), ``settled_after`` (engine steps since the
+        jump; None if never, or too unsteady).
     """
-    was = steady(before)[0] if len(before.values) else None
-    if not len(figure.values):
+    if not len(figure.values) or not len(before.values):
         return dict.fromkeys(("before", "steady", "band", "moved", "settled_after"))
-    middle, band = steady(figure)
+    (was, _), (middle, band) = steady(before), steady(figure)
+    found = {"before": was, "steady": middle, "band": band, "settled_after": None}
+    away = abs(middle - was)
+    if TOLERANCE < away <= band:
+        return {**found, "moved": None}
     inside = np.abs(figure.medians - middle) <= band
     after = None
     for i in np.flatnonzero(inside):
         if inside[i : i + _HOLD].mean() >= 1 - _OUTSIDE:
             after = int(figure.steps[i])
             break
-    return {
-        "before": was,
-        "steady": middle,
-        "band": band,
-        "moved": was is not None and abs(middle - was) > band,
-        "settled_after": after,
-    }
+    return {**found, "moved": away > TOLERANCE, "settled_after": after}
 
 
 def _arrival(phase: Rows) -> int | None:

@@ -13,7 +13,7 @@ burst.png shows both over the steps. Steps are counted from the jump itself:
 the prompts of the new clients are among them ("load").
 
 A phase must be long enough for 100 steps, better 300: with --phase-seconds 90 on two
-cores. Exit status 1: a jump was not followed in time, or a phase was too short to say.
+cores. Exit status 1: a jump was not followed in time, or nothing can be said of it.
 --analyse reads an earlier --out again, without a server.
 """
 
@@ -179,7 +179,11 @@ def show(found: list[dict[str, Any]]) -> None:
     columns = ("clients", "", "before", "steady", "±", "settled", "load", "of steps")
     common.print_table("engine steps from a jump", columns, rows)
     for jump in found:
-        words = {True: "yes", False: "NO", None: "the phase is too short to say"}
+        words = {
+            True: "yes",
+            False: "NO",
+            None: "the phase is too short, or lengths too unsteady, to say",
+        }
         print(
             f"{jump['from']} -> {jump['to']}: within {WITHIN} steps: "
             f"{words[jump['within']]} ({jump['settled_after']})"

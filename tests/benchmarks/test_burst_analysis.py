@@ -99,10 +99,23 @@ def test_a_steady_state_that_alternates_has_a_wider_band() -> None:
     assert up["positions"]["moved"] and 10 <= up["settled_after"] <= 20
 
 
+def test_nothing_is_said_of_what_has_no_steady_state() -> None:
+    """One client whose answers differ: 7 verified of one, 1 of the next."""
+    rows = burst(10)
+    for i in range(2 * PHASE, 3 * PHASE):
+        rows[i]["verified"] = 7.0 if i < 2 * PHASE + 140 else 1.0
+    _, down = jumps(rows, LOADS, MARKS)
+    assert down["positions"]["moved"] and down["positions"]["settled_after"] == 12
+    lengths = down["verify_length"]
+    assert (lengths["before"], lengths["steady"], lengths["band"]) == (0.0, 1.0, 6.0)
+    assert lengths["moved"] is None and lengths["settled_after"] is None
+    assert down["within"] is None and down["settled_after"] is None
+
+
 def test_what_never_settles() -> None:
     """It falls on and on: the last half's median is passed, not kept."""
     falling = [(7 - 7 * i // PHASE, 7 - 7 * i / PHASE) for i in range(PHASE)]
-    rows = log((1, [(5, 3.0)] * PHASE), (64, falling))
+    rows = log((1, [(7, 7.0)] * PHASE), (64, falling))
     (jump,) = jumps(rows, [1, 64], MARKS[:2])
     assert jump["settled_after"] is None or jump["settled_after"] > WITHIN
     assert jump["within"] is False

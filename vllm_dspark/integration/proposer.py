@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dspark.integration.config import drafter_folder, options
+from vllm_dspark.integration.context import ContextWriter
 from vllm_dspark.integration.loader import load_draft_model
 from vllm_dspark.integration.pending import Drafted
 from vllm_dspark.model import checkpoint
@@ -73,7 +74,8 @@ class DSparkProposer(DFlashProposer):
         self.drafter = checkpoint.load_config(self.folder)
         self.last_backend = "none"
         self.nonfinite_drafts = 0
-        self.muted = False  # while target steps are timed alone
+        self.muted = False  # while steps are timed
+        self.context = ContextWriter(self._write_now)
         # Positions the drafter's rotary table covers.
         self.max_position = min(
             self.max_model_len,
@@ -120,18 +122,22 @@ class DSparkProposer(DFlashProposer):
             temperature: [R] or None when every request is greedy.
             uniforms: called with (rows, positions [n, K]) → [n, K] float64; used for
                 probabilistic drafts only.
-            num_drafts: K; 0 writes the context and drafts nothing.
+            num_drafts: K; 0 takes the context and drafts nothing.
 
         Returns:
             Drafts of the requests that got any, or None.
         """
-        keep = _valid_rows(tokens)
-        self._write_context(keep, features, positions, attention)
         last = tokens.query_start[:-1] + tokens.num_valid - 1
         anchor_positions = positions.cpu().numpy()[np.maximum(last, 0)] + 1
         room = anchor_positions + num_drafts <= self.max_position
         rows = np.nonzero(tokens.drafting & room)[0]
-        if num_drafts == 0 or len(rows) == 0:
+        drafts = num_drafts > 0 and len(rows) > 0
+        context = self._context_rows(
+            _valid_rows(tokens), features, positions, attention
+        )
+        # While steps are timed, what was put off would be missing from the times.
+        self.context.add(context, read_next=drafts or self.muted)
+        if not drafts:
             return None
         hidden = self._backbone(
             tokens.anchors[rows], anchor_positions[rows], rows, attention, num_drafts
@@ -145,27 +151,33 @@ class DSparkProposer(DFlashProposer):
         )
         return Drafted(rows, block)
 
-    def _write_context(
+    def _context_rows(
         self,
         keep: np.ndarray | None,
         features: list[torch.Tensor],
         positions: torch.Tensor,
         attention: CommonAttentionMetadata,
-    ) -> None:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features, positions and slots of a step's final tokens, all copies."""
         n = positions.shape[0]
         slots = attention.slot_mapping[:n]
         taps = torch.cat(features, dim=-1)
-        if keep is not None:
+        if keep is None:
+            positions, slots = positions.clone(), slots.clone()
+        else:
             index = torch.from_numpy(keep).to(positions.device)
             positions, slots = positions[index], slots[index]
             taps = taps[index]
-        if positions.numel() == 0:
-            return
         if self.max_position < self.max_model_len:
             # Beyond the drafter's own context there is nothing to attend from.
             inside = positions < self.max_position
             slots = torch.where(inside, slots, NO_SLOT)
             positions = positions.clamp(max=self.max_position - 1)
+        return taps, positions, slots
+
+    def _write_now(
+        self, taps: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> None:
         self.model.write_context(taps, positions, slots)
 
     def _backbone(

@@ -50,6 +50,8 @@ class StepReport:
         draft_seconds: of drafting and of the context K/V.
         draft_requests: requests that drafting was for, 0 if there was none.
         draft_tokens: drafts made.
+        owed_seconds: of context K/V that the step put off, by what it took lately;
+            negative for what it wrote for steps before.
         cost: what steps cost, once, with the first step.
     """
 
@@ -59,6 +61,7 @@ class StepReport:
     draft_requests: int
     draft_tokens: int
     cost: CostReport | None = None
+    owed_seconds: float = 0.0
 
 
 def give_report(output: Any, report: StepReport) -> None:

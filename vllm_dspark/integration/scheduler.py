@@ -195,7 +195,7 @@ class DSparkScheduler(Scheduler):
         prompts = tokens - len(planned.ids) - _num_drafts(step)
         # With long prompts their context K/V is most of what drafting takes.
         if report.draft_requests and prompts <= len(planned.ids):
-            seconds = report.draft_seconds
+            seconds = report.draft_seconds + report.owed_seconds
             drafted = (report.draft_requests, planned.positions, seconds)
         self.controller.timed(
             tokens,

@@ -79,7 +79,8 @@ class _ReportingWorker:
             seconds, *drafted = runner.take_draft_times()
             drafts = runner.take_draft_token_ids() if self._one_message else None
             target = self._seconds - seconds
-            report = StepReport(drafts, target, seconds, *drafted, self._cost)
+            owed = runner.drafter.context.take_owed()
+            report = StepReport(drafts, target, seconds, *drafted, self._cost, owed)
             give_report(output, report)
             self._cost = None
         return output

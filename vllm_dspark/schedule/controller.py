@@ -23,12 +23,12 @@ from vllm_dspark.config import DSparkOptions
 from vllm_dspark.schedule import planner
 from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost import CostTable
-from vllm_dspark.schedule.draft_length import best_draft_length
 from vllm_dspark.schedule.drafting import Drafting, DraftingChoice, Reason, StepFacts
 from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.facts import Batch, DraftPlan, Totals
+from vllm_dspark.schedule.forecast import Forecaster
 from vllm_dspark.schedule.request_gate import RequestGate
-from vllm_dspark.schedule.step import Floats, Ints, StepCost, VerifyPlan, VerifyStep
+from vllm_dspark.schedule.step import Floats, Ints, VerifyPlan, VerifyStep
 
 # Steps whose time outside the worker is remembered: its median is robust to pauses.
 _OVERHEAD_STEPS = 64
@@ -58,6 +58,7 @@ class Controller:
         self.survival = OnlineSurvival(width, calibration)
         options = drafting or DraftingOptions(bypass=self.policy.bypass)
         self.drafting = Drafting(width, options)
+        self._forecaster = Forecaster(self.survival)
         self.gate = RequestGate(options)
         self.totals = Totals()
         self.live: LiveCost | None = None
@@ -82,20 +83,19 @@ class Controller:
         """What to draft at the end of the step; uses no draft of it."""
         if not self.adapts or not batch.ids:
             return DraftPlan(self.width, Reason.PAYS)
-        history = self.survival.history(batch.ids, batch.temperatures)
+        assert self.live is not None
         allowed = None
-        cost, draft_cost = self._costs(batch)
-        predicted = best_draft_length(
-            history, len(batch.ids), batch.base_tokens, cost, draft_cost
+        made = self._forecaster.of(
+            batch, self._rounds_seen > 0, self.live.snapshot(), self._costs(batch)
         )
         if (goal := float(batch.slo_tps.max(initial=0.0))) > 0:
-            allowed = predicted.throughput / len(batch.ids) >= goal
+            allowed = made.throughput / len(batch.ids) >= goal
         self._choice = self.drafting.choose(
             StepFacts(
-                predicted.throughput,
+                made.throughput,
                 len(batch.ids),
                 self._rounds_seen,
-                float(history[:, 0].mean()),
+                made.acceptance,
                 allowed,
             )
         )
@@ -117,21 +117,18 @@ class Controller:
             batch: the step.
             positions: drafted at its end, which its round pays for as well.
         """
-        made = None
-        survival: Floats = np.zeros((len(batch.ids), 0))
+        extra, cost = 0.0, _free
+        if self.live is not None:
+            cost, draft_cost = self._costs(batch)
+            # The step's own fixed part is in `cost`; drafting is decided already.
+            extra = float(draft_cost(len(batch.ids), np.array([positions]))[0])
+        made, survival = None, np.zeros((len(batch.ids), 0))
         if batch.num_drafts.any():
             made = self.survival.apply(batch.ids, batch.temperatures, batch.confidence)
             survival = made.survival
         elif batch.ids:
             self.survival.rest()
         num_drafts = np.minimum(batch.num_drafts, survival.shape[1])
-        cost: StepCost = _free
-        extra = 0.0
-        if self.live is not None:
-            cost, draft_cost = self._costs(batch)
-            drafting = draft_cost(len(batch.ids), np.array([positions]))
-            # The step's own fixed part is in `cost`; drafting is decided already.
-            extra = float(drafting[0])
         step = VerifyStep(
             survival,
             batch.base_tokens,
@@ -149,6 +146,8 @@ class Controller:
             return planner.threshold(step, self.policy.threshold)
         if not self.adapts:
             return planner.fixed(step)
+        if not step.survival.size:
+            return planner.nothing(step)
         plan = planner.plan(step)
         blind = self._choice.reason is Reason.PROBE and not plan.verify_lens.any()
         # Without confidences only outcomes teach: a probe verifies one of each.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ from vllm_dspark.schedule.step import (
     StepCost,
     VerifyStep,
     candidates,
-    first_drop,
     round_seconds,
 )
 
@@ -83,10 +83,21 @@ def best_draft_length(
     seconds = round_seconds(cost, base_tokens, num_reqs * width)
     order = drafts.ranked(drafts.inside, drafts.survival)
     survival, column = drafts.survival.ravel()[order], order % max(width, 1)
-    throughput = np.empty(width + 1)
-    for positions in range(width + 1):
-        gains = survival[column < positions]
-        tokens = num_reqs + np.append(0.0, gains.cumsum())
-        speed = tokens / (seconds[: len(tokens)] + drafting[positions])
-        throughput[positions] = speed[first_drop(speed)] if early_stop else speed.max()
+    # All lengths at once, [K + 1, drafts]: what a length leaves out adds nothing.
+    made = column < np.arange(width + 1)[:, None]
+    tokens = num_reqs + _from_zero(np.where(made, survival, 0.0))
+    speed = tokens / (seconds[_from_zero(made)] + drafting[:, None])
+    if early_stop:
+        stops = np.ones(speed.shape, dtype=np.bool_)  # at the end at the latest
+        stops[:, :-1] = made & (speed[:, 1:] <= speed[:, :-1])
+        throughput = speed[np.arange(width + 1), stops.argmax(axis=1)]
+    else:
+        throughput = speed.max(axis=1)
     return DraftLength(int(np.argmax(throughput)), throughput)
+
+
+def _from_zero(values: NDArray[Any]) -> NDArray[Any]:
+    """Sums along each row of none, one, … all of its values: ``[.., n + 1]``."""
+    sums = np.zeros((len(values), values.shape[1] + 1), np.result_type(values, 0))
+    np.cumsum(values, axis=1, out=sums[:, 1:])
+    return sums

@@ -153,6 +153,18 @@ def plan_within(step: VerifyStep, budget: Budget) -> VerifyPlan:
     return _priced(step, drafts, lens, reason)
 
 
+def nothing(step: VerifyStep) -> VerifyPlan:
+    """The plan of a step without drafts: there is nothing to choose."""
+    tokens = float(step.num_reqs)
+    seconds = float(
+        round_seconds(step.cost, step.base_tokens, 0, step.extra_seconds)[0]
+    )
+    lens = np.zeros(step.num_reqs, dtype=np.int64)
+    missed = bool(np.any(1.0 / seconds < step.slo_tps))
+    reason = Stop.GOAL_MISSED if missed else Stop.ALL
+    return VerifyPlan(lens, tokens, seconds, reason, 0)
+
+
 def fixed(step: VerifyStep, length: int | None = None) -> VerifyPlan:
     """Verify so many drafts of each request, None for all; goals are not looked at."""
     if length is not None and length < 0:

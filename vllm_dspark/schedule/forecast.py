@@ -1,0 +1,73 @@
+"""What each draft length promises, worked out anew only where there is news.
+
+Planning takes time from the step, most of all from a short one. In a bypass no outcome
+comes in, and from step to step only the contexts grow: the forecast is kept for a few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_dspark.calibration.online import OnlineSurvival
+from vllm_dspark.schedule.cost import CostTable
+from vllm_dspark.schedule.draft_length import DraftCost, best_draft_length
+from vllm_dspark.schedule.facts import Batch
+from vllm_dspark.schedule.step import Floats, StepCost
+
+_KEPT = 8  # steps
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Promises for one batch.
+
+    Args:
+        throughput: ``[γ + 1]`` Θ by draft length, drafting paid for, in tokens/s.
+        acceptance: mean share of first drafts accepted.
+    """
+
+    throughput: Floats
+    acceptance: float
+
+
+class Forecaster:
+    """Forecasts from the histories of requests."""
+
+    def __init__(self, survival: OnlineSurvival) -> None:
+        self._survival = survival
+        self._made: Forecast | None = None
+        self._of: tuple[Batch, CostTable] | None = None
+        self._age = 0
+
+    def of(
+        self,
+        batch: Batch,
+        news: bool,
+        table: CostTable,
+        costs: tuple[StepCost, DraftCost],
+    ) -> Forecast:
+        """The forecast for a batch, perhaps that of a step before.
+
+        Args:
+            batch: with at least one request.
+            news: outcomes came in since the last forecast.
+            table: the costs are by it; another one is news.
+            costs: of steps and of drafting, for this batch.
+        """
+        self._age += 1
+        kept = self._made
+        if kept is None or news or self._age >= _KEPT or self._differs(batch, table):
+            kept = self._made = self._make(batch, costs)
+            self._of, self._age = (batch, table), 0
+        return kept
+
+    def _differs(self, batch: Batch, table: CostTable) -> bool:
+        assert self._of is not None
+        before, priced = self._of
+        same = table is priced and batch.prefill_tokens == before.prefill_tokens
+        return not same or batch.ids != before.ids
+
+    def _make(self, batch: Batch, costs: tuple[StepCost, DraftCost]) -> Forecast:
+        history = self._survival.history(batch.ids, batch.temperatures)
+        best = best_draft_length(history, len(batch.ids), batch.base_tokens, *costs)
+        return Forecast(best.throughput, float(history[:, 0].mean()))

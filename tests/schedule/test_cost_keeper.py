@@ -13,7 +13,12 @@ from tests.schedule.test_cost_file import CONTENT, KEY
 from vllm_dspark.schedule import cost_file
 from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost_file import CostFile, path_of
-from vllm_dspark.schedule.cost_keeper import INTERVAL, MIN_OBSERVATIONS, CostKeeper
+from vllm_dspark.schedule.cost_keeper import (
+    INTERVAL,
+    MAX_ERROR,
+    MIN_OBSERVATIONS,
+    CostKeeper,
+)
 
 
 class Engine:
@@ -66,6 +71,21 @@ def test_a_few_observations_are_not_enough(tmp_path: Path) -> None:
     assert kept(tmp_path) == CONTENT
     engine.serve(1)
     engine.keeper.idle()
+    assert kept(tmp_path) != CONTENT
+
+
+def test_a_table_that_still_predicts_poorly_is_not_kept(tmp_path: Path) -> None:
+    cost_file.save(tmp_path, CONTENT)
+    engine = Engine(tmp_path)
+    for i in range(2 * MIN_OBSERVATIONS):  # as on a machine that others hold up
+        engine.live.observe(4, 0, (0.1, 0.2, 0.5)[i % 3])
+    assert engine.live.error() > MAX_ERROR
+    engine.keeper.keep()
+    assert kept(tmp_path) == CONTENT
+    engine.live.observe(4, 0, 0.2)
+    engine.serve()
+    engine.serve()
+    engine.keeper.keep()
     assert kept(tmp_path) != CONTENT
 
 

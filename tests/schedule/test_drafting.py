@@ -31,9 +31,9 @@ def test_follows_a_jump_within_50_steps() -> None:
     down = engine.run([1] * 400)
     # Steady: no drafts but probes, at 64; the best length, at 1.
     assert engine.best(64) == 0 and engine.loss(64, up[50:]) < 0.01
-    # Now and then all positions are drafted, to learn about the last ones.
+    # Now and then all positions are drafted, to learn about the last ones, or none.
     others = [n for n in down[50:] if n != down[-1]]
-    assert len(others) < 0.03 * 350 and set(others) <= {WIDTH}
+    assert len(others) < 0.03 * 350 and set(others) <= {0, WIDTH}
     assert engine.loss(1, down[50:]) < 0.01
     # In fact at once, as the predictions are of the load at hand.
     assert up[0] == 0 and down[0] == down[-1]
@@ -134,7 +134,7 @@ def test_bypass_ends_when_the_drafter_is_good_again() -> None:
     limit = engine.drafting.options.max_probe_interval
     good = engine.run([1] * 2 * limit)
     assert opened(good) <= limit + engine.drafting.options.max_probe_steps
-    assert engine.loss(1, good[-200:]) < 0.01
+    assert engine.loss(1, good[-200:]) < 0.015  # two steps of it without drafts
 
 
 def test_probe_intervals_double_up_to_the_limit() -> None:
@@ -228,7 +228,7 @@ def test_reasons_of_a_bypass_and_of_holding() -> None:
 def test_goal_restricts_lengths() -> None:
     engine = Engine(0.7, DraftingOptions(warmup_rounds=1))
     engine.allowed = np.arange(WIDTH + 1) <= 2
-    engine.run([1] * 50)
+    engine.run([1] * 60)
     assert engine.lengths[-1] == 2 and engine.reasons[-1] is Reason.SLO
     engine.allowed = np.zeros(WIDTH + 1, dtype=bool)  # out of reach: the fastest
     engine.run([1] * 100)
@@ -266,19 +266,17 @@ def test_wrong_values_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("gain", "bypass", "none"),
-    [(1.1, True, True), (1.1, False, False), (1.5, True, False)],
+    [(1.1, True, 20), (1.1, False, 0), (1.5, True, 2), (1.5, False, 0)],
 )
-def test_lengths_not_chosen_are_looked_at(
-    gain: float, bypass: bool, none: bool
-) -> None:
-    """All positions, and where drafting gains little no position, two of 96 steps."""
+def test_lengths_not_chosen_are_looked_at(gain: float, bypass: bool, none: int) -> None:
+    """All positions, two of 96 steps; none as often, or seldom if much is gained."""
     drafting = Drafting(WIDTH, DraftingOptions(bypass=bypass))
     promised = np.array([1.0, 1.0, gain] + [1.0] * (WIDTH - 2))
     facts = StepFacts(promised, 8, 8, 0.7)
     choices = [drafting.choose(facts) for _ in range(1000)]
     settled = choices[len(choices) - 960 :]
     lengths = [c.positions for c in settled]
-    assert lengths.count(WIDTH) == 20 and lengths.count(0) == (20 if none else 0)
+    assert lengths.count(WIDTH) == 20 and none <= lengths.count(0) <= 2 * none
     assert lengths.count(2) == 960 - lengths.count(WIDTH) - lengths.count(0)
     assert all(c.reason is Reason.PROBE for c in settled if c.positions != 2)
     assert drafting.changes == 1

@@ -18,6 +18,7 @@ from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost_file import AXES, CostFile, path_of, reach
 
 MIN_OBSERVATIONS = 256  # new ones, without which there is nothing worth keeping
+MAX_ERROR = 0.1  # of its predictions lately: a table that is further out is no news
 INTERVAL = 60.0  # seconds between two savings of an engine that is often idle
 
 
@@ -52,6 +53,10 @@ class CostKeeper:
     def keep(self) -> None:
         """Save the table as it is corrected now, if enough was seen since it last was.
 
+        One whose predictions are still poor is not saved: what disturbed the steps of
+        this run may be gone in the next, and a curve of the wrong form is learned
+        anew more slowly than it is profiled.
+
         A table in the cache that reaches further stays: an engine for more requests
         has measured it meanwhile, and would have to do so again.
         """
@@ -59,6 +64,8 @@ class CostKeeper:
         if self._failed or new < MIN_OBSERVATIONS:
             return
         self._next = self._clock() + INTERVAL
+        if not self._live.error() <= MAX_ERROR:
+            return
         self._observed = self._live.observed
         if self._is_short():
             return

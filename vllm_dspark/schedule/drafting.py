@@ -126,6 +126,7 @@ class Drafting:
         jumped = self._jumped(facts.requests)
         if jumped:  # averages and caution belong to the load that was
             self._gain, self._hold = gain, self.options.hold
+            self._drafting = 0  # nor is known what this one's steps take
         else:
             self._gain = self._gain + (gain - self._gain) / self.options.average
         if self._probes.running:
@@ -151,9 +152,9 @@ class Drafting:
         """Another length for this step, in order to learn.
 
         All positions now and then: what is not drafted has no confidence and no
-        outcome, and a length that was right once would stay. None at all where drafting
-        gains little: what a step without drafts takes is a guess until one is made,
-        and a wrong guess would keep a loss for a gain.
+        outcome, and a length that was right once would stay. None at all as well: what
+        a step without drafts takes is a guess until one is made, and a wrong guess
+        would keep a loss for a gain; seldom where drafting seems to gain much.
         """
         options = self.options
         if self._length == 0:
@@ -163,11 +164,14 @@ class Drafting:
         at = self._drafting % options.explore_interval
         if at < options.explore_steps <= self._drafting:
             return self.width if self._length < self.width else None
+        if not options.bypass:
+            return None
+        if self._gain[self._length] >= options.doubtful_gain:
+            # Beyond doubt, if the table is right; if its curve is too flat, nothing
+            # else would show it.
+            at = self._drafting % (8 * options.explore_interval)
         half = options.explore_interval // 2
-        doubtful = options.bypass and self._gain[self._length] < options.doubtful_gain
-        if doubtful and half <= at < half + options.explore_steps:
-            return 0
-        return None
+        return 0 if half <= at < half + options.explore_steps else None
 
     def _gains(self, throughput: Floats) -> Floats:
         positive = np.isfinite(throughput).all() and (throughput > 0).all()

@@ -118,7 +118,8 @@ def test_the_text_is_that_without_speculation(
     totals = controller.totals
     assert controller.adapts and totals.steps > 60
     if seconds is free:
-        assert totals.verified > 50 and totals.bypassed_steps == 0
+        assert totals.verified > 50
+        assert totals.bypassed_steps <= 2  # tried, to learn what they take
         assert totals.trimmed < 0.2 * totals.verified
     elif seconds is dear:
         assert totals.bypassed_steps > 0.3 * totals.steps

@@ -78,7 +78,7 @@ def test_a_table_that_still_predicts_poorly_is_not_kept(tmp_path: Path) -> None:
     cost_file.save(tmp_path, CONTENT)
     engine = Engine(tmp_path)
     for i in range(2 * MIN_OBSERVATIONS):  # as on a machine that others hold up
-        engine.live.observe(4, 0, (0.1, 0.2, 0.5)[i % 3])
+        engine.live.observe(4, 0, (0.01, 0.1, 2.0)[i % 3])
     assert engine.live.error() > MAX_ERROR
     engine.keeper.keep()
     assert kept(tmp_path) == CONTENT

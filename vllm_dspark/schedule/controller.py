@@ -28,7 +28,7 @@ from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.facts import Batch, DraftPlan, Totals
 from vllm_dspark.schedule.forecast import Forecaster
 from vllm_dspark.schedule.request_gate import RequestGate
-from vllm_dspark.schedule.step import Floats, Ints, VerifyPlan, VerifyStep
+from vllm_dspark.schedule.step import Floats, Ints, StepCost, VerifyPlan, VerifyStep
 
 # Steps whose time outside the worker is remembered: its median is robust to pauses.
 _OVERHEAD_STEPS = 64
@@ -117,7 +117,8 @@ class Controller:
             batch: the step.
             positions: drafted at its end, which its round pays for as well.
         """
-        extra, cost = 0.0, _free
+        extra = 0.0
+        cost: StepCost = _free
         if self.live is not None:
             cost, draft_cost = self._costs(batch)
             # The step's own fixed part is in `cost`; drafting is decided already.

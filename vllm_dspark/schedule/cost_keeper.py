@@ -18,7 +18,7 @@ from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost_file import AXES, CostFile, path_of, reach
 
 MIN_OBSERVATIONS = 256  # new ones, without which there is nothing worth keeping
-MAX_ERROR = 0.1  # of its predictions lately: a table that is further out is no news
+MAX_ERROR = 0.5  # of its predictions lately: a table that is further out is no news
 INTERVAL = 60.0  # seconds between two savings of an engine that is often idle
 
 

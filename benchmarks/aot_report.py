@@ -70,7 +70,7 @@ def sequential_launches(head_type: str, topk: int | None, greedy: bool) -> list[
     return recorder.launches
 
 
-def rejection_launches(mode: str) -> list[Launch]:
+def rejection_launches(mode: str, method: str) -> list[Launch]:
     """The one kernel of a verification: dense, one-hot or truncated drafts, greedy."""
     recorder, n = Recorder(), R * K
     columns = {"dense": V, "top-k": TOPK}.get(mode)
@@ -85,6 +85,7 @@ def rejection_launches(mode: str) -> list[Launch]:
             None if mode == "greedy" else torch.empty(R),
             torch.empty(n, dtype=torch.float64),
             torch.empty(R, dtype=torch.float64),
+            method,
         )
         with mock.patch.object(rejection_triton, "launch", recorder):
             rejection_triton.run(inputs)
@@ -100,7 +101,9 @@ def configurations() -> dict[str, list[Launch]]:
             named[f"{head} {columns}"] = sequential_launches(head, topk, False)
         named[f"{head} full greedy"] = sequential_launches(head, None, True)
     for mode in ("dense", "one-hot", "top-k", "greedy"):
-        named[f"rejection {mode}"] = rejection_launches(mode)
+        named[f"rejection {mode}"] = rejection_launches(mode, "standard")
+    for mode in ("dense", "one-hot", "top-k"):
+        named[f"rejection block {mode}"] = rejection_launches(mode, "block")
     return named
 
 
@@ -135,16 +138,24 @@ def step_bytes(launch: Launch) -> tuple[int, int]:
 
 
 def rejection_bytes(launch: Launch) -> tuple[int, int]:
-    """Needed and moved if every draft is accepted but the last, which is the most."""
+    """Needed and moved if every draft is accepted but the last, which is the most.
+
+    For block verification the residual masses of all rows but the first come to that.
+    """
     mode, random = launch.constants["MODE"], launch.constants["RANDOM"]
     row = V * BF16
     if not random:
         return R * (K + 1) * row, R * (K + 1) * row
     q = {0: 0, 1: V * F32, 2: TOPK * (F32 + I32)}[mode]
-    needed = R * (K * row + q + (K - 1) * (q if mode == 2 else F32))
+    block = launch.constants["METHOD"] == "block"
+    whole = q if block or mode == 2 else F32  # of the rows before the last draft's
+    needed = R * (K * row + q + (K - 1) * whole)
     # Twice a row, for its maximum and its normaliser; twice more where one is drawn.
     dense = V * F32 if mode == 2 else q  # zeroed, then read
     moved = R * (2 * K * row + 2 * row + 2 * dense + K * (q if mode == 2 else F32))
+    if block:
+        again = row + dense if mode else 0
+        moved += R * (2 * row + (K - 1) * again)
     return needed, moved + (R * V * F32 if mode == 2 else 0)
 
 

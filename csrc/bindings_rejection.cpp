@@ -79,10 +79,11 @@ void read_random(PyObject* const* args, int64_t drafts, RejectionArgs* a) {
 }  // namespace
 
 // (target_logits, draft_token_ids, num_draft_tokens, draft_probs, draft_support,
-//  temperature, accept_uniforms, sample_uniforms, out token_ids, out num_emitted)
+//  temperature, accept_uniforms, sample_uniforms, out token_ids, out num_emitted,
+//  block)
 PyObject* py_rejection_sample(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return guarded([&]() -> PyObject* {
-    require_count("rejection_sample", n, 10);
+    require_count("rejection_sample", n, 11);
     const Tensor drafts =
         require(args[1], {"draft_token_ids", {DType::kI32, DType::kI64}, {kAny}});
     const Tensor counts =
@@ -111,6 +112,10 @@ PyObject* py_rejection_sample(PyObject*, PyObject* const* args, Py_ssize_t n) {
     a.requests = requests;
     read_probs(args[3], args[4], num_drafts, &a);
     read_random(args + 5, num_drafts, &a);
+    if (!PyBool_Check(args[10])) {
+      throw Error{PyExc_ValueError, "block: expected True or False"};
+    }
+    a.block = args[10] == Py_True;
     a.token_ids = out.as<int32_t>();
     a.width = out.shape[1];
     a.num_emitted = emitted.as<int32_t>();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 #include <vector>
 
 #include "row_scan.h"
@@ -21,11 +22,14 @@ class Sampler {
     std::fill(out, out + a_.width, -1);
     const float t = a_.temperature ? a_.temperature[r] : 0.0f;
     const bool greedy = t < kGreedyTemperature;
+    const float inv_t = greedy ? 1.0f : 1.0f / t;
+    if (a_.block && !greedy) {
+      a_.num_emitted[r] = block(r, first, inv_t, out);
+      return;
+    }
     int64_t k = 0;
     for (bool more = true; more; ++k) {
-      const Row<T> row = {
-          static_cast<const T*>(a_.logits) + (first + r + k) * a_.logits_stride,
-          a_.vocab, greedy ? 1.0f : 1.0f / t};
+      const Row<T> row = row_at(first + r + k, inv_t);
       const bool bonus = k == a_.lengths[r];
       if (greedy || !scan_.normalise(row)) {
         const int64_t best = scan_.argmax(row);
@@ -42,6 +46,10 @@ class Sampler {
   }
 
  private:
+  Row<T> row_at(int64_t i, float inv_t) const {
+    return {static_cast<const T*>(a_.logits) + i * a_.logits_stride, a_.vocab, inv_t};
+  }
+
   int64_t draft_id(int64_t i) const {
     return a_.ids64 ? static_cast<const int64_t*>(a_.draft_ids)[i]
                     : static_cast<const int32_t*>(a_.draft_ids)[i];
@@ -66,24 +74,78 @@ class Sampler {
     return sum;
   }
 
+  const float* draft_row(int64_t i) const {
+    return a_.draft_probs ? a_.draft_probs + i * a_.probs_stride : nullptr;
+  }
+
+  // p and q of draft i in a normalised row; zeros if it is no token.
+  std::pair<float, float> pair(const Row<T>& row, int64_t i) const {
+    const int64_t x = draft_id(i);
+    if (x < 0 || x >= a_.vocab) return {0.0f, 0.0f};
+    return {scan_.probability(row, x), draft_prob(i, x)};
+  }
+
+  // A draw from the residual of draft i.
+  int32_t residual(const Row<T>& row, int64_t r, int64_t i, float ratio) {
+    const double u = a_.sample_uniforms[r];
+    return static_cast<int32_t>(a_.draft_probs == nullptr
+                                    ? scan_.draw_without(row, draft_id(i), u)
+                                    : scan_.draw_residual(row, draft_row(i), support(i),
+                                                          a_.support_size, ratio, u));
+  }
+
   // Accepts the draft (true) or emits a draw from the residual (false).
   bool random_step(const Row<T>& row, int64_t r, int64_t i, int32_t* out) {
-    const int64_t x = draft_id(i);
-    if (x >= 0 && x < a_.vocab) {
-      const float q = draft_prob(i, x);
-      const float p = scan_.probability(row, x);
-      if (q > 0 && a_.accept_uniforms[i] * double(q) < double(p)) {
-        *out = static_cast<int32_t>(x);
-        return true;
+    const auto [p, q] = pair(row, i);
+    const bool accepted = q > 0 && a_.accept_uniforms[i] * double(q) < double(p);
+    *out = accepted ? static_cast<int32_t>(draft_id(i)) : residual(row, r, i, 1.0f);
+    return accepted;
+  }
+
+  // Block verification of a request that is not greedy; how many tokens it emits. A row
+  // that is no distribution ends the block. See rejection_reference.py.
+  int32_t block(int64_t r, int64_t first, float inv_t, int32_t* out) {
+    const double* u = a_.accept_uniforms + first;
+    double ratio = 1.0, accepted_ratio = 1.0;
+    int64_t accepted = 0, end = a_.lengths[r];
+    for (int64_t k = 0; k < end && ratio > 0; ++k) {
+      const Row<T> row = row_at(first + r + k, inv_t);
+      if (!scan_.normalise(row)) {
+        end = k;
+        break;
       }
+      const auto [p, q] = pair(row, first + k);
+      if (k > 0 && u[k - 1] < threshold(row, first + k, p, ratio)) {
+        accepted = k;
+        accepted_ratio = ratio;
+      }
+      ratio = q > 0 ? std::min(ratio * (double(p) / double(q)), 1.0) : 0.0;
     }
-    const double u = a_.sample_uniforms[r];
-    *out = static_cast<int32_t>(
+    if (end > 0 && u[end - 1] < ratio) accepted = end;
+    for (int64_t k = 0; k < accepted; ++k) {
+      out[k] = static_cast<int32_t>(draft_id(first + k));
+    }
+    const Row<T> row = row_at(first + r + accepted, inv_t);
+    int32_t* last = out + accepted;
+    if (!scan_.normalise(row)) {
+      *last = static_cast<int32_t>(scan_.argmax(row));
+    } else if (accepted < end) {
+      *last = residual(row, r, first + accepted, static_cast<float>(accepted_ratio));
+    } else {
+      *last = static_cast<int32_t>(scan_.draw(row, a_.sample_uniforms[r]));
+    }
+    return static_cast<int32_t>(accepted + 1);
+  }
+
+  // The uniform number below which the drafts before i may be accepted.
+  double threshold(const Row<T>& row, int64_t i, float p, double ratio) {
+    const double mass =
         a_.draft_probs == nullptr
-            ? scan_.draw_without(row, x, u)
-            : scan_.draw_residual(row, a_.draft_probs + i * a_.probs_stride, support(i),
-                                  a_.support_size, u));
-    return false;
+            ? ratio * (1.0 - double(p))
+            : scan_.residual_mass(row, draft_row(i), support(i), a_.support_size,
+                                  static_cast<float>(ratio));
+    const double rest = mass + 1.0 - ratio;
+    return rest > 0 ? mass / rest : 1.0;
   }
 
   const RejectionArgs& a_;

@@ -24,6 +24,7 @@ struct RejectionArgs {
   const float* temperature;       // [R] or null: all greedy
   const double* accept_uniforms;  // [N], null if all greedy
   const double* sample_uniforms;  // [R], null if all greedy
+  bool block;                     // block verification, else the standard method
   int32_t* token_ids;             // [R, width], filled with -1 by the callee
   int64_t width;
   int32_t* num_emitted;  // [R]

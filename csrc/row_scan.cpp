@@ -169,14 +169,14 @@ void RowScan<T>::sort_support(const float* q, const int32_t* support, int64_t n,
   }
 }
 
-// w = max(0, p - q) of one block; returns its sum.
+// w = max(0, scale * w - q) of one block; returns its sum.
 template <typename T>
 double RowScan<T>::subtract(const Row<T>& row, int64_t block, const float* q,
-                            bool sparse, float* w) const {
+                            bool sparse, float scale, float* w) const {
   weights(row, block, w);
   const int64_t n = length(row, block);
-  if (!sparse) return kernels_.residual(w, q + block * kBlock, n, inv_total_);
-  kernels_.scale(w, n, inv_total_);
+  if (!sparse) return kernels_.residual(w, q + block * kBlock, n, scale);
+  kernels_.scale(w, n, scale);
   for (int64_t j = start_[block]; j < start_[block + 1]; ++j) {
     float& p = w[ids_[j] - block * kBlock];
     p = std::max(p - sorted_q_[j], 0.0f);
@@ -185,26 +185,37 @@ double RowScan<T>::subtract(const Row<T>& row, int64_t block, const float* q,
 }
 
 template <typename T>
-int64_t RowScan<T>::draw_residual(const Row<T>& row, const float* q,
-                                  const int32_t* support, int64_t support_size,
-                                  double u) {
+double RowScan<T>::residual_mass(const Row<T>& row, const float* q,
+                                 const int32_t* support, int64_t support_size,
+                                 float ratio) {
   const bool sparse = support != nullptr;
   if (sparse) sort_support(q, support, support_size, row.size);
   const int64_t count = blocks(row);
-  const std::vector<double> kept(mass_.begin(), mass_.begin() + count);
+  const float scale = ratio * inv_total_;
   parallel_team(parallel_, [&](int thread, int team) {
     float w[kBlock];
     const Range range = share(count, thread, team);
     for (int64_t b = range.begin; b < range.end; ++b) {
       const bool untouched = sparse && start_[b] == start_[b + 1];
-      mass_[b] = untouched ? mass_[b] * inv_total_ : subtract(row, b, q, sparse, w);
+      mass_[b] = untouched ? mass_[b] * scale : subtract(row, b, q, sparse, scale, w);
     }
   });
   double total = 0;
   for (int64_t b = 0; b < count; ++b) total += mass_[b];
+  return total;
+}
+
+template <typename T>
+int64_t RowScan<T>::draw_residual(const Row<T>& row, const float* q,
+                                  const int32_t* support, int64_t support_size,
+                                  float ratio, double u) {
+  const std::vector<double> kept(mass_.begin(), mass_.begin() + blocks(row));
+  const double total = residual_mass(row, q, support, support_size, ratio);
   if (total > kResidualFloor) {
-    return pick(row, u, total,
-                [&](int64_t b, float* w) { subtract(row, b, q, sparse, w); });
+    const float scale = ratio * inv_total_;
+    return pick(row, u, total, [&](int64_t b, float* w) {
+      subtract(row, b, q, support != nullptr, scale, w);
+    });
   }
   std::copy(kept.begin(), kept.end(), mass_.begin());
   return draw(row, u);

@@ -43,9 +43,14 @@ class RowScan {
   // After normalise: softmax with the mass of `id` removed (id may be out of range).
   int64_t draw_without(const Row<T>& row, int64_t id, double u);
 
-  // After normalise: max(0, p - q). With `support`, q[j] belongs to id support[j].
+  // After normalise: sum of max(0, ratio * p - q). With `support`, q[j] belongs to id
+  // support[j]. Nothing can be drawn from the row before it is normalised again.
+  double residual_mass(const Row<T>& row, const float* q, const int32_t* support,
+                       int64_t support_size, float ratio);
+
+  // After normalise: a draw from max(0, ratio * p - q).
   int64_t draw_residual(const Row<T>& row, const float* q, const int32_t* support,
-                        int64_t support_size, double u);
+                        int64_t support_size, float ratio, double u);
 
   // Largest logit, NaN ignored.
   float largest(const Row<T>& row) const;
@@ -62,7 +67,7 @@ class RowScan {
   void weights(const Row<T>& row, int64_t block, float* w) const;
   void sort_support(const float* q, const int32_t* support, int64_t n, int64_t size);
   double subtract(const Row<T>& row, int64_t block, const float* q, bool sparse,
-                  float* w) const;
+                  float scale, float* w) const;
   int64_t find_block(int64_t count, double target, double* before) const;
   // Inverse CDF over mass_; fill(block, w) gives a block's weights again.
   template <typename Fill>

@@ -22,10 +22,13 @@ class Case:
     draft_ids: Tensor
     lengths: Tensor
     options: dict[str, Tensor | None] = field(default_factory=dict)
+    method: str = "standard"
 
     def run(self, backend: str) -> RejectionResult:
         args: Any = (self.logits, self.draft_ids, self.lengths)
-        result = rejection_sample(*args, backend=backend, **self.options)
+        result = rejection_sample(
+            *args, method=self.method, backend=backend, **self.options
+        )
         assert result.backend == backend
         return result
 
@@ -89,6 +92,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     masked: float = 0.0,
     row_padding: int = 0,
+    method: str = "standard",
 ) -> Case:
     """One batch.
 
@@ -101,6 +105,7 @@ def make_case(
         dtype: of the target's logits.
         masked: share of logits set to -inf.
         row_padding: how much further apart rows are than V.
+        method: standard or block.
     """
     g = torch.Generator().manual_seed(seed)
     counts = torch.tensor(lengths, dtype=torch.int64)
@@ -122,7 +127,7 @@ def make_case(
         "accept_uniforms": torch.rand(n, generator=g, dtype=torch.float64),
         "sample_uniforms": torch.rand(r, generator=g, dtype=torch.float64),
     }
-    return Case(logits, ids, counts, options)
+    return Case(logits, ids, counts, options, method)
 
 
 def assert_same(a: RejectionResult, b: RejectionResult) -> None:

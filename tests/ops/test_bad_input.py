@@ -43,6 +43,7 @@ REJECTION: list[tuple[dict[str, Any], str]] = [
     ({"sample_uniforms": torch.ones(5, 1, dtype=f64)}, r"sample_uniforms.*\[5, 1\]"),
     ({"sample_uniforms": None}, r"sample_uniforms of shape \[5\]"),
     ({"backend": "cuda"}, "unknown 'cuda'"),
+    ({"method": "chain"}, "unknown 'chain'"),
 ]
 
 
@@ -70,7 +71,7 @@ def test_rejection_in_cpp(native: None, change: dict[str, Any], message: str) ->
     capsules = [extension_native.capsule(x) for x in [*arguments.values(), *outputs]]
     name = next(iter(change))
     with pytest.raises(ValueError, match=name if len(change) == 1 else "support"):
-        extension_native.require().rejection_sample(*capsules)
+        extension_native.require().rejection_sample(*capsules, False)
 
 
 SEQUENTIAL: list[tuple[dict[str, Any], str]] = [

@@ -1,5 +1,7 @@
 """Losslessness (2.1): emitted continuations have the target's distribution.
 
+With both methods; block verification accepts more drafts than the standard one.
+
 A Markov target and a Markov drafter over five tokens; rounds of drafting and
 verification with ragged, token-independent lengths go on until every chain has three
 tokens. Their 125 frequencies are compared with the exact ones (chi-square). A wrong
@@ -16,6 +18,8 @@ from vllm_dspark.ops import rejection_sample
 
 V, BLOCK, WANTED, CHAINS = 5, 3, 3, 40_000
 TEMPERATURE = 0.8
+KINDS = ("dense", "truncated", "onehot")
+METHODS = ("standard", "block")
 
 
 def tables() -> tuple[Tensor, Tensor]:
@@ -43,7 +47,9 @@ def draft(q: Tensor, last: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.stack(inputs, 1), torch.stack(tokens, 1)
 
 
-def one_round(kind: str, last: Tensor, g: torch.Generator, broken: bool) -> Tensor:
+def one_round(
+    kind: str, method: str, last: Tensor, g: torch.Generator, broken: bool
+) -> Tensor:
     """Drafts, verifies a ragged part of each block, returns emitted ids (-1 pads)."""
     target, drafter = tables()
     q = drafter.softmax(-1)
@@ -74,11 +80,12 @@ def one_round(kind: str, last: Tensor, g: torch.Generator, broken: bool) -> Tens
         # The broken rule accepts at twice the rate it should.
         accept_uniforms=accept / 2 if broken else accept,
         sample_uniforms=torch.rand(num, generator=g, dtype=torch.float64),
+        method=method,
     )
     return result.token_ids.long()
 
 
-def p_value(kind: str, seed: int, broken: bool = False) -> float:
+def p_value(kind: str, method: str, seed: int, broken: bool = False) -> float:
     """Of the chi-square test of CHAINS continuations against the exact ones."""
     g = torch.Generator().manual_seed(seed)
     chains = torch.full((CHAINS, WANTED + BLOCK + 1), -1)
@@ -86,7 +93,7 @@ def p_value(kind: str, seed: int, broken: bool = False) -> float:
     last = torch.zeros(CHAINS, dtype=torch.int64)
     while bool((filled < WANTED).any()):
         todo = (filled < WANTED).nonzero()[:, 0]
-        emitted = one_round(kind, last[todo], g, broken)
+        emitted = one_round(kind, method, last[todo], g, broken)
         for k in range(emitted.shape[1]):
             there = emitted[:, k] >= 0
             rows, ids = todo[there], emitted[there, k]
@@ -103,11 +110,33 @@ def p_value(kind: str, seed: int, broken: bool = False) -> float:
     return float(torch.special.gammaincc(half, chi / 2))
 
 
-@pytest.mark.parametrize("kind", ["dense", "truncated", "onehot"])
-def test_continuations_have_the_target_distribution(kind: str) -> None:
-    assert p_value(kind, seed=5) > 1e-3
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_continuations_have_the_target_distribution(kind: str, method: str) -> None:
+    assert p_value(kind, method, seed=5) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["dense", "truncated", "onehot"])
-def test_a_wrong_acceptance_rule_is_noticed(kind: str) -> None:
-    assert p_value(kind, seed=5, broken=True) < 1e-6
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_acceptance_rule_is_noticed(kind: str, method: str) -> None:
+    assert p_value(kind, method, seed=5, broken=True) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_verification_accepts_more(kind: str) -> None:
+    """By more than five standard errors, on the same drafts and uniform numbers.
+
+    One-hot drafts leave nothing to gain: p(x) / q(x) is never above 1.
+    """
+    emitted = {}
+    for method in METHODS:
+        g = torch.Generator().manual_seed(6)
+        last = torch.arange(4 * CHAINS) % V
+        emitted[method] = (one_round(kind, method, last, g, False) >= 0).sum(1).double()
+    gain = emitted["block"] - emitted["standard"]
+    error = gain.std() / len(gain) ** 0.5
+    assert float(error) > 0
+    if kind == "onehot":
+        assert abs(float(gain.mean())) < 5 * float(error)
+    else:
+        assert float(gain.mean()) > 5 * float(error)

@@ -64,6 +64,17 @@ def test_forbidden_pages(native: None) -> None:
     assert done.stdout.count("untouched") == 8
 
 
+def test_block_verification_stops_where_nothing_can_be_accepted(isa: str) -> None:
+    """A draft that the target cannot emit: the rows behind it are not read."""
+    case = make_case(3, lengths=(6, 5), sampling="random", method="block")
+    for row, draft in ((2, 2), (8, 7)):
+        case.logits[row, case.draft_ids[draft]] = -float("inf")
+    expected = case.run("reference")
+    case.logits[3:7] = case.logits[10:] = float("nan")
+    assert_same(expected, case.run("native"))
+    assert_same(expected, case.run("reference"))
+
+
 @pytest.mark.parametrize("drafts", KINDS)
 def test_poisoned_rows(isa: str, drafts: str) -> None:
     for seed in range(4):

@@ -7,6 +7,7 @@ can compile no more; so the two live in processes of their own.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
+METHODS = ("standard", "block")
 INTERPRET = """
 import itertools, torch
 torch.set_num_threads(1)
 from tests.ops.rejection_cases import KINDS, assert_same, make_case
 def check(**options):
-    case = make_case(1, **options)
-    assert_same(case.run("reference"), case.run("triton"))
+    for method in ("standard", "block"):
+        case = make_case(1, method=method, **options)
+        assert_same(case.run("reference"), case.run("triton"))
 for drafts, sampling in itertools.product(KINDS, ("greedy", "random", "mixed")):
     for vocab in (32, 33, 1000, 9001):
         check(vocab=vocab, drafts=drafts, sampling=sampling)
@@ -38,6 +41,10 @@ for vocab in (49152, 151_937):
 case = make_case(2, vocab=300)
 case.draft_ids[::3] = 300
 case.draft_ids[1::3] = -1
+assert_same(case.run("reference"), case.run("triton"))
+case.method = "block"
+assert_same(case.run("reference"), case.run("triton"))
+case.logits[1::3] = -float("inf")  # no distribution
 assert_same(case.run("reference"), case.run("triton"))
 print("interpreted")
 """
@@ -54,10 +61,11 @@ arguments = {
     "temperature": "*fp32", "accept_uniforms": "*fp64", "sample_uniforms": "*fp64",
     "token_ids": "*i32", "width": "i32", "num_emitted": "*i32",
 }
-every = (("*bf16", 0), ("*fp32", 1), ("*bf16", 2))
+every = (("*bf16", 0, "block"), ("*fp32", 1, "block"), ("*bf16", 2, "standard"))
 for capability, modes in ((80, every[1:]), (90, every), (100, every[:2])):
-    for logits, mode in modes:
-        constants = {"MODE": mode, "RANDOM": True, "BLOCK": rt.BLOCK, "CHUNK": 512}
+    for logits, mode, method in modes:
+        constants = {"MODE": mode, "RANDOM": True, "METHOD": method,
+                     "BLOCK": rt.BLOCK, "CHUNK": 512}
         signature = {**arguments, "logits": logits}
         signature.update({name: "constexpr" for name in constants})
         source = ASTSource(rt.rejection_kernel, signature, constexprs=constants)
@@ -89,13 +97,17 @@ def test_gpu_equals_reference() -> None:
     from tests.ops.rejection_cases import KINDS, Case, make_case
 
     for drafts in KINDS:
-        for vocab in (33, 1000, 49152, 151_937):
-            case = make_case(3, vocab=vocab, drafts=drafts)
+        for vocab, method in itertools.product((33, 1000, 49152, 151_937), METHODS):
+            case = make_case(3, vocab=vocab, drafts=drafts, method=method)
             options = {
                 k: None if v is None else v.cuda() for k, v in case.options.items()
             }
             on_gpu = Case(
-                case.logits.cuda(), case.draft_ids.cuda(), case.lengths.cuda(), options
+                case.logits.cuda(),
+                case.draft_ids.cuda(),
+                case.lengths.cuda(),
+                options,
+                method,
             )
             result, expected = on_gpu.run("triton"), case.run("reference")
             assert torch.equal(result.token_ids.cpu(), expected.token_ids)

@@ -6,7 +6,7 @@ a backend reads the logits of a row only once it knows that the row is needed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from vllm_dspark.ops.arguments import (
 )
 
 BACKENDS = ("auto", "reference", "native", "triton")
+METHODS = ("standard", "block")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class RejectionInputs:
     temperature: Tensor | None
     accept_uniforms: Tensor | None
     sample_uniforms: Tensor | None
+    method: str = METHODS[0]
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Uninitialised ``token_ids`` and ``num_emitted``."""
@@ -74,6 +76,7 @@ def rejection_sample(
     accept_uniforms: Tensor | None = None,
     sample_uniforms: Tensor | None = None,
     max_draft_tokens: int | None = None,
+    method: str = METHODS[0],
     backend: str = "auto",
 ) -> RejectionResult:
     """Accepts a prefix of each request's drafts and emits one token more (2.1).
@@ -82,6 +85,9 @@ def rejection_sample(
     x is accepted if ``u * q(x) < p(x)``; the first rejection ends the request with a
     draw from ``max(0, p - q)``, a request without one ends with a draw from its bonus
     row. Greedy requests emit argmax and stop at the first draft that is not it.
+
+    Method ``block`` (Sun et al., 2024) tests the drafts of a request together: the same
+    distribution, and never fewer accepted in expectation (`rejection_reference`).
 
     Args:
         target_logits: Shape ``[N+R, V]``, float32 or bfloat16; rows may be strided.
@@ -98,11 +104,13 @@ def rejection_sample(
         max_draft_tokens: no l_r is larger; the result has one column more. Lengths are
             then not read on the host to be checked, so that a call with Triton can be
             captured in a CUDA graph. None: the largest l_r, after a check of all.
+        method: standard or block; greedy requests know no difference.
         backend: auto, reference, native or triton. auto is triton for CUDA tensors,
             native on the CPU, reference without the extension.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above; names the shape.
+        ValueError: a shape, dtype or device is not as above; names the shape. An
+            unknown method or backend.
         RuntimeError: the backend asked for is not available here.
 
     Example:
@@ -111,6 +119,8 @@ def rejection_sample(
         >>> rejection_sample(logits, ids, length).token_ids.tolist()
         [[1, 0]]
     """
+    if method not in METHODS:
+        raise ValueError(f"method: unknown {method!r}, one of {METHODS}")
     run = _choose(backend, target_logits)
     inputs = _check(
         target_logits,
@@ -123,7 +133,7 @@ def rejection_sample(
         sample_uniforms,
         max_draft_tokens,
     )
-    return run(inputs)
+    return run(replace(inputs, method=method))
 
 
 def _choose(

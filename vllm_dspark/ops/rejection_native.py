@@ -28,5 +28,6 @@ def run(inputs: RejectionInputs) -> RejectionResult:
         capsule(inputs.sample_uniforms),
         capsule(token_ids),
         capsule(num_emitted),
+        inputs.method == "block",
     )
     return RejectionResult(token_ids, num_emitted, "native")

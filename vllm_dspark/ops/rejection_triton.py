@@ -22,99 +22,19 @@ from torch import Tensor
 
 from vllm_dspark.ops.launch_triton import launch, require_device
 from vllm_dspark.ops.rejection import RejectionInputs, RejectionResult
-from vllm_dspark.ops.row_scan_triton import argmax, draw, mass, normaliser
+from vllm_dspark.ops.rejection_parts_triton import (
+    DENSE,
+    ONE_HOT,
+    SPARSE,
+    block_walk,
+    draft_probability,
+    residual_draw,
+    target_probability,
+)
+from vllm_dspark.ops.row_scan_triton import argmax, normaliser
 
 BLOCK = 4096
 NUM_WARPS = 8
-# How drafts were drawn (MODE, a compile-time constant of the kernel).
-ONE_HOT = tl.constexpr(0)
-DENSE = tl.constexpr(1)
-SPARSE = tl.constexpr(2)  # with draft_support
-
-
-@triton.jit
-def _draft_probability(
-    q, support, size, x, vocab, MODE: tl.constexpr, CHUNK: tl.constexpr
-):
-    """q(x); x is any id."""
-    valid = (x >= 0) & (x < vocab)
-    value = tl.where(valid, 1.0, 0.0)
-    if MODE == DENSE:
-        value = tl.load(q + x, mask=valid, other=0.0)
-    if MODE == SPARSE:
-        value = 0.0
-        lanes = tl.arange(0, CHUNK)
-        # A bonus row has no support to read.
-        size = tl.where(valid, size, 0)
-        for start in range(0, size, CHUNK):
-            inside = start + lanes < size
-            ids = tl.load(support + start + lanes, mask=inside, other=-1)
-            probs = tl.load(q + start + lanes, mask=inside, other=0.0)
-            value += tl.sum(tl.where(ids == x, probs, 0.0), 0)
-    return value
-
-
-@triton.jit
-def _scatter(dense, q, support, size, vocab, CHUNK: tl.constexpr):
-    """Writes a truncated distribution into a row of zeros."""
-    lanes = tl.arange(0, CHUNK)
-    for start in range(0, size, CHUNK):
-        inside = start + lanes < size
-        ids = tl.load(support + start + lanes, mask=inside, other=-1)
-        probs = tl.load(q + start + lanes, mask=inside, other=0.0)
-        tl.store(dense + ids, probs, mask=inside & (ids >= 0) & (ids < vocab))
-    tl.debug_barrier()  # other threads of this program read what these wrote
-
-
-@triton.jit
-def _target_probability(row, x, vocab, inv_t, top, scale):
-    """p(x); x is any id."""
-    inside = (x >= 0) & (x < vocab)
-    z = tl.load(row + tl.where(inside, x, 0)).to(tl.float32) * inv_t - top
-    return tl.where(inside & (z >= -87.0), tl.exp(z), 0.0) * scale
-
-
-@triton.jit
-def _residual_draw(
-    row,
-    q,
-    ids,
-    size,
-    dense,
-    vocab,
-    inv_t,
-    top,
-    total,
-    scale,
-    x,
-    drafted,
-    u,
-    MODE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """A draw from the residual of draft x, or from p for a bonus row."""
-    token = vocab
-    if drafted:
-        if MODE == ONE_HOT:
-            rest = mass(row, q, vocab, inv_t, top, scale, x, False, BLOCK)
-            if rest > 0:
-                token = draw(
-                    row, q, vocab, inv_t, top, scale, x, u * rest, False, BLOCK
-                )
-        else:
-            from_q = q
-            if MODE == SPARSE:
-                _scatter(dense, q, ids, size, vocab, CHUNK)
-                from_q = dense
-            rest = mass(row, from_q, vocab, inv_t, top, scale, -1, True, BLOCK)
-            if rest > 1e-6:  # RESIDUAL_FLOOR of the reference
-                token = draw(
-                    row, from_q, vocab, inv_t, top, scale, -1, u * rest, True, BLOCK
-                )
-    if token >= vocab:
-        token = draw(row, q, vocab, inv_t, top, scale, -1, u * total, False, BLOCK)
-    return token.to(tl.int64)
 
 
 @triton.jit
@@ -139,6 +59,7 @@ def rejection_kernel(
     num_emitted,
     MODE: tl.constexpr,
     RANDOM: tl.constexpr,
+    METHOD: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -151,7 +72,30 @@ def rejection_kernel(
         t = tl.load(temperature + r)
     greedy = t < 1e-5
     k = tl.zeros([], tl.int64)
-    more = True
+    more = length >= 0
+    if RANDOM and METHOD == "block":  # noqa: SIM102 - the next line is decided when run
+        if not greedy:
+            k = block_walk(
+                logits + (first + r) * logits_stride,
+                logits_stride,
+                vocab,
+                draft_ids + first,
+                length,
+                draft_probs + first * probs_stride,
+                probs_stride,
+                support + first * support_stride,
+                support_stride,
+                support_size,
+                dense + r * vocab,
+                tl.div_rn(1.0, t),
+                accept_uniforms + first,
+                tl.load(sample_uniforms + r),
+                token_ids + r * width,
+                MODE,
+                BLOCK,
+                CHUNK,
+            )
+            more = length < 0
     while more:
         row = logits + (first + r + k) * logits_stride
         drafted = k < length
@@ -159,7 +103,7 @@ def rejection_kernel(
         x = tl.load(draft_ids + i, mask=drafted, other=-1).to(tl.int64)
         token = tl.zeros([], tl.int64)
         proper = False
-        if RANDOM:  # noqa: SIM102 - decided when compiling, the next line when run
+        if RANDOM and METHOD == "standard":  # noqa: SIM102
             if not greedy:
                 inv_t = tl.div_rn(1.0, t)
                 top, total = normaliser(row, vocab, inv_t, BLOCK)
@@ -169,14 +113,14 @@ def rejection_kernel(
                     q = draft_probs + i * probs_stride
                     ids = support + i * support_stride
                     u = tl.load(accept_uniforms + i, mask=drafted, other=0.0)
-                    qx = _draft_probability(q, ids, support_size, x, vocab, MODE, CHUNK)
-                    px = _target_probability(row, x, vocab, inv_t, top, scale)
+                    qx = draft_probability(q, ids, support_size, x, vocab, MODE, CHUNK)
+                    px = target_probability(row, x, vocab, inv_t, top, scale)
                     more = drafted & (qx > 0)
                     more = more & (u * qx.to(tl.float64) < px.to(tl.float64))
                     token = x
                     if not more:
                         u = tl.load(sample_uniforms + r)
-                        token = _residual_draw(
+                        token = residual_draw(
                             row,
                             q,
                             ids,
@@ -216,6 +160,7 @@ def launch_options(inputs: RejectionInputs, block: int = BLOCK) -> dict[str, Any
     return {
         "MODE": mode.value,
         "RANDOM": inputs.temperature is not None and inputs.sample_uniforms is not None,
+        "METHOD": inputs.method,
         "BLOCK": block,
         "CHUNK": min(block, 512),  # 1024 spills on sm_80
     }

@@ -1,4 +1,4 @@
-"""Hold the compat table against unpacked vLLM sources, without importing them.
+"""Hold both compat tables against unpacked vLLM sources, without importing them.
 
     python scripts/check_vllm_sources.py path/to/site-packages   # contains vllm/
 
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from vllm_dspark.integration.compat import SYMBOLS, Symbol
+from vllm_dspark.integration.v2.symbols import SYMBOLS_V2
 
 Def = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.stmt
 
@@ -127,7 +128,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder that contains vllm/")
     sources = Sources(parser.parse_args().root)
-    problems = [(s.path, check(sources, s)) for s in SYMBOLS]
+    v2 = (
+        Symbol(p, None if n is None else tuple(n.split()), w) for p, n, w in SYMBOLS_V2
+    )
+    problems = [(s.path, check(sources, s)) for s in (*SYMBOLS, *v2)]
     for path, problem in problems:
         if problem:
             print(f"{path}: {problem}")

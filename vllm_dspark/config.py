@@ -167,6 +167,9 @@ class DSparkOptions:
             0 for no such goal. A request may name its own (``vllm_xargs``).
         calibration: file instead of the drafter's ``dspark_calibration.json``.
         cost_table: file instead of the one that is measured at start and cached.
+        rejection_kernel: what verifies on the V2 runner: ``vllm`` (what ``auto`` is
+            there) its own kernels, ``dspark`` ours, with the same tokens. The V1
+            runner has only ours.
     """
 
     backend: str = _choice("auto", "auto", "native", "reference")
@@ -178,6 +181,7 @@ class DSparkOptions:
     slo_tps: float = _number(0.0, 0.0, 1e6)
     calibration: str | None = _optional_path()
     cost_table: str | None = _optional_path()
+    rejection_kernel: str = _choice("auto", "auto", "vllm", "dspark")
 
     def __post_init__(self) -> None:
         for spec in fields(self):

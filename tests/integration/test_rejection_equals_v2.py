@@ -40,14 +40,18 @@ def uniforms_kernel(seeds, positions, out):
     u = tl.rand(tl.load(seeds + i), tl.load(positions + i))
     tl.store(out + i, tl.maximum(u, 4.6566127342e-10))
 
+def step_seeds(seeds, step):  # vLLM 0.33 mixes the draft's number in
+    new = hasattr(v2, "spec_step_seed")
+    return seeds ^ (step << 32) if new else seeds
+
 class Batch:
     def __init__(self, seed, onehot, vocab=500, equal=False, draft_vocab=0):
         g = torch.Generator().manual_seed(seed)
         num = len(LENGTHS)
         # Requests are in slots of their own order, with one that is not in the batch.
         self.slots = torch.randperm(num + 1, generator=g)[:num]
-        self.request = torch.tensor([r for r, l in enumerate(LENGTHS) for _ in range(l + 1)])
-        self.step = torch.tensor([k for l in LENGTHS for k in range(l + 1)])
+        rows = [(r, k) for r, l in enumerate(LENGTHS) for k in range(l + 1)]
+        self.request, self.step = torch.tensor(rows).T.contiguous()
         self.starts = torch.tensor([0, *(l + 1 for l in LENGTHS)]).cumsum(0)
         n = len(self.request)
         self.temperature = 0.3 + torch.rand(num + 1, generator=g)
@@ -66,7 +70,7 @@ class Batch:
         self.drafts = torch.full((n,), 7)
         self.lengths, self.rows, self.ids, self.probs = [], [], [], []
         for r, length in enumerate(LENGTHS):
-            valid = True
+            valid, before = True, len(self.rows)
             for k in range(length):
                 i = int(self.starts[r]) + k
                 near = raw[i][: draft_vocab or vocab]
@@ -75,21 +79,21 @@ class Batch:
                 q = (near / t[r]).softmax(-1)
                 self.draft_logits[self.slots[r], k] = near
                 sampled = self.t[r] > 0 and not onehot
-                x = int(torch.multinomial(q, 1, generator=g) if sampled else near.argmax())
+                x = torch.multinomial(q, 1, generator=g) if sampled else near.argmax()
                 x = -1 if (seed + i) % 11 == 0 and not equal else x
-                self.drafts[i + 1] = x
+                self.drafts[i + 1] = x = int(x)
                 valid = valid and x >= 0
                 if valid:
                     self.rows.append(i), self.ids.append(x), self.probs.append(q)
-            self.lengths.append(sum(self.starts[r] <= i < self.starts[r + 1] for i in self.rows))
+            self.lengths.append(len(self.rows) - before)
         self.g = g
 
     def theirs(self, method, fp64=False):
         return v2.rejection_sample(
-            self.logits.clone(), None if self.onehot else self.draft_logits, self.drafts,
-            ints(self.starts), self.positions, ints(self.slots), ints(self.slots[self.request]),
-            ints(self.step), self.temperature, self.seeds, STEPS, use_fp64=fp64,
-            use_block_verification=method == "block")
+            self.logits.clone(), None if self.onehot else self.draft_logits,
+            self.drafts, ints(self.starts), self.positions, ints(self.slots),
+            ints(self.slots[self.request]), ints(self.step), self.temperature,
+            self.seeds, STEPS, use_fp64=fp64, use_block_verification=method == "block")
 
     def compare_kernel(self, method, fp64=False):
         theirs, count = self.theirs(method, fp64)
@@ -106,15 +110,18 @@ class Batch:
 
     def compare_operation(self, method, backend):
         theirs, count = self.theirs(method)
-        u = torch.zeros(len(self.request))
-        uniforms_kernel[(len(u),)](self.seeds[self.slots][self.request], self.positions, u)
+        u, seeds = torch.zeros(len(self.request)), self.seeds[self.slots][self.request]
+        if method == "block":
+            seeds = step_seeds(seeds, self.step)
+        uniforms_kernel[(len(u),)](seeds, self.positions, u)
         kept = [i for r, l in enumerate(self.lengths)
                 for i in range(int(self.starts[r]), int(self.starts[r]) + l + 1)]
         ours = rejection_sample(
             self.logits[kept], torch.tensor(self.ids), torch.tensor(self.lengths),
             draft_probs=None if self.onehot else torch.stack(self.probs),
             temperature=(self.t > 0).float(), accept_uniforms=u[self.rows].double(),
-            sample_uniforms=torch.rand(len(LENGTHS), generator=self.g, dtype=torch.float64),
+            sample_uniforms=torch.rand(
+                len(LENGTHS), generator=self.g, dtype=torch.float64),
             method=method, backend=backend)
         assert torch.equal(ints(count), ours.num_emitted), (count, ours.num_emitted)
         for r, emitted in enumerate(count.tolist()):

@@ -65,6 +65,11 @@ def activate(vllm_config: Any) -> None:
     _check_folders({"trace": chosen.trace, "step_log": chosen.step_log})
     check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
     _check_policy(vllm_config.speculative_config, chosen.policy)
+    if chosen.rejection_kernel == "vllm":
+        raise ValueError(
+            "dspark option 'rejection_kernel' is 'vllm', which only the V2 runner has: "
+            "the V1 runner verifies with the plugin's; leave the option out"
+        )
     # Ours needs neither CUDA graphs nor the rest of what vLLM asks for its own.
     vllm_config.speculative_config.enable_adaptive_verification = False
     _refuse_unsupported(vllm_config)

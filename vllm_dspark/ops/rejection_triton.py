@@ -152,8 +152,11 @@ def checked_run(logits: Tensor) -> Callable[[RejectionInputs], RejectionResult]:
     return run
 
 
-def launch_options(inputs: RejectionInputs, block: int = BLOCK) -> dict[str, Any]:
-    """Compile-time constants for these inputs."""
+def launch_options(inputs: RejectionInputs) -> dict[str, Any]:
+    """Compile-time constants for these inputs: the largest blocks that do not spill."""
+    block, chunk = BLOCK, 512  # 1024 spills on sm_80
+    if inputs.method == "block" and inputs.draft_support is not None:
+        block, chunk = 2048, 128
     mode = ONE_HOT
     if inputs.draft_probs is not None:
         mode = DENSE if inputs.draft_support is None else SPARSE
@@ -162,7 +165,7 @@ def launch_options(inputs: RejectionInputs, block: int = BLOCK) -> dict[str, Any
         "RANDOM": inputs.temperature is not None and inputs.sample_uniforms is not None,
         "METHOD": inputs.method,
         "BLOCK": block,
-        "CHUNK": min(block, 512),  # 1024 spills on sm_80
+        "CHUNK": chunk,
     }
 
 

@@ -80,3 +80,11 @@ def _math_functions() -> None:
 
     for name in ("exp", "log", "log1p", "tanh"):
         setattr(libdevice, name, elementwise(getattr(np, name)))
+
+
+def top_k_top_p_in_torch() -> None:
+    """vLLM's kernel for top-k and top-p fails in the interpreter (a plain int has no
+    ``to``): its torch version. Call it once vllm can be imported."""
+    import vllm.v1.sample.ops.topk_topp_sampler as module
+
+    module.HAS_TRITON = False

@@ -79,6 +79,7 @@ class Recorder:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One engine: waves of prompts, one after another."""
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     from tests.integration.engine import engine
     from tests.integration.recorder import text_of
@@ -93,17 +94,35 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         texts = []
         for wave in job["waves"]:
             params = [
-                SamplingParams(ignore_eos=True, detokenize=False, **row["params"])
+                SamplingParams(
+                    ignore_eos="grammar" not in row,
+                    detokenize=False,
+                    structured_outputs=StructuredOutputsParams(**row["grammar"])
+                    if "grammar" in row
+                    else None,
+                    **row["params"],
+                )
                 for row in wave
             ]
             outputs = eng.generate([row["prompt"] for row in wave], params)
             texts += [vars(text_of(output)) for output in outputs]
         speculator = type(runner.speculator).__module__
-    return {"texts": texts, "blocks": recorder.blocks, "speculator": speculator}
+        sampler = runner.rejection_sampler
+        tally = eng.stats()
+    return {
+        "texts": texts,
+        "blocks": recorder.blocks,
+        "speculator": speculator,
+        "rejection_sampler": type(sampler).__module__,
+        "verifications": getattr(sampler, "verifications", None),
+        "drafts": tally.drafts,
+        "accepted": tally.accepted,
+    }
 
 
 def main() -> None:
     jobs, out = sys.argv[1:]
+    v2_patches.top_k_top_p_in_torch()
     with open(jobs) as file:
         results = [run(job) for job in json.load(file)]
     torch.save(results, out)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_dspark.integration import compat
 from vllm_dspark.integration.config import check_files, options
+from vllm_dspark.ops.rejection import METHODS
 
 logger = logging.getLogger("vllm_dspark")
 
@@ -23,28 +24,33 @@ WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": _WORKER + "DSparkV2GPUWorker",
 }
 
-_SERVED = ("calibration",)  # of our options; the others are for the V1 runner so far
+_SERVED = (
+    "calibration",
+    "rejection_kernel",
+)  # of our options; the others are for the V1 runner so far
 
 
 def activate(vllm_config: Any) -> None:
     """Extend vLLM's DSpark, if this vLLM is one that the adapter fits. Idempotent.
 
     Raises:
-        ValueError: an unknown or bad option, or a file of the user's that is not there.
+        ValueError: an unknown or bad option, a file of the user's that is not there, or
+            our rejection kernel where it cannot run.
     """
     chosen = options(vllm_config)
     check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
-    if reason := compat.v2_trouble():
+    parallel = vllm_config.parallel_config
+    reason = compat.v2_trouble()
+    if not reason and parallel.worker_cls not in (*WORKERS, *WORKERS.values()):
+        reason = (
+            f"its V2 adapter does not know the worker class {parallel.worker_cls!r}"
+        )
+    if chosen.rejection_kernel == "dspark":
+        _check_kernel(vllm_config, reason)
+    if reason:
         _say_once(f"vLLM's own DSpark serves, without vllm-dspark: {reason}")
         return
-    parallel = vllm_config.parallel_config
     if parallel.worker_cls in WORKERS.values():
-        return
-    if parallel.worker_cls not in WORKERS:
-        _say_once(
-            "vLLM's own DSpark serves, without vllm-dspark: its V2 adapter does not "
-            f"know the worker class {parallel.worker_cls!r}"
-        )
         return
     parallel.worker_cls = WORKERS[parallel.worker_cls]
     given = sorted(set((vllm_config.additional_config or {}).get("dspark") or ()))
@@ -52,6 +58,20 @@ def activate(vllm_config: Any) -> None:
         _say_once(
             f"dspark options without effect on the V2 runner so far: "
             f"{', '.join(without)}; vLLM's own settings rule there"
+        )
+
+
+def _check_kernel(vllm_config: Any, reason: str | None) -> None:
+    """ValueError unless our rejection kernel can verify what this asks for."""
+    method = vllm_config.speculative_config.rejection_sample_method
+    if not reason and method not in METHODS:
+        reason = f"it has no rejection_sample_method {method!r}, only {METHODS}"
+    if not reason and getattr(vllm_config, "watermark_config", None) is not None:
+        reason = "it draws no watermarked tokens"
+    if reason:
+        raise ValueError(
+            f"dspark option 'rejection_kernel' is 'dspark', but {reason}: leave the "
+            "option out, then vLLM's kernels verify"
         )
 
 

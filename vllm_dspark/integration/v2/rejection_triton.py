@@ -22,14 +22,38 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm.v1.worker.gpu.sample import gumbel
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax, tl_rand32
 
 from vllm_dspark.ops.launch_triton import launch
 from vllm_dspark.ops.rejection_parts_triton import target_probability
 from vllm_dspark.ops.row_scan_triton import argmax, load, normaliser, weights
 
-BLOCK = 4096
+BLOCK = 2048  # 4096 spills on sm_80
 NUM_WARPS = 8
+
+
+@triton.jit
+def _request_seed(seed, step):
+    return seed
+
+
+# vLLM 0.33 mixes the draft's number into the seed of block verification.
+_step_seed = getattr(gumbel, "spec_step_seed", _request_seed)
+
+
+@triton.jit
+def _uniform(
+    seed,
+    positions,
+    k,
+    METHOD: tl.constexpr,
+):
+    """vLLM's uniform number for draft k of a request, in (0, 1]; float64."""
+    if METHOD == "block":
+        seed = _step_seed(seed, k)
+    u = tl_rand32(seed, tl.load(positions + k), includes_zero=False)
+    return u.to(tl.float64)
 
 
 @triton.jit
@@ -140,6 +164,7 @@ def v2_rejection_kernel(
     seed = tl.load(seeds + slot)
     rows = logits + first * logits_stride
     drafts = draft_ids + first + 1
+    positions += first
     out = sampled + r * width
     accepted = tl.zeros([], tl.int64)
     k = tl.zeros([], tl.int64)
@@ -189,31 +214,23 @@ def v2_rejection_kernel(
                             rest = ratio * (1.0 - px.to(tl.float64))
                         whole = rest + 1.0 - ratio
                         threshold = tl.where(whole > 0.0, rest / whole, 1.0)
-                        u = tl_rand32(
-                            seed,
-                            tl.load(positions + first + k - 1),
-                            includes_zero=False,
-                        )
-                        longer = u.to(tl.float64) <= threshold
+                        u = _uniform(seed, positions, k - 1, METHOD)
+                        longer = u <= threshold
                         accepted = tl.where(longer, k, accepted)
                         accepted_ratio = tl.where(longer, ratio, accepted_ratio)
                     step = px.to(tl.float64) / qx
                     ratio = tl.where(px > 0.0, tl.minimum(ratio * step, 1.0), 0.0)
                     more = ratio > 0.0
                 else:
-                    u = tl_rand32(
-                        seed, tl.load(positions + first + k), includes_zero=False
-                    )
-                    more = u.to(tl.float64) * qx < px.to(tl.float64)
+                    u = _uniform(seed, positions, k, METHOD)
+                    more = u * qx < px.to(tl.float64)
                     accepted += more.to(tl.int64)
                 k += 1
             more = more & (k < end)
         if METHOD == "block":  # noqa: SIM102 - the next line is decided when run
             if end > 0:
-                u = tl_rand32(
-                    seed, tl.load(positions + first + end - 1), includes_zero=False
-                )
-                accepted = tl.where(u.to(tl.float64) <= ratio, end, accepted)
+                u = _uniform(seed, positions, end - 1, METHOD)
+                accepted = tl.where(u <= ratio, end, accepted)
         k = tl.zeros([], tl.int64)
         while k < accepted:
             tl.store(out + k, tl.load(drafts + k).to(tl.int64))
@@ -221,7 +238,7 @@ def v2_rejection_kernel(
         row = rows + accepted * logits_stride
         residual = accepted < end
         x = tl.load(drafts + accepted, mask=residual, other=-1).to(tl.int64)
-        position = tl.load(positions + first + accepted)
+        position = tl.load(positions + accepted)
         q = rows
         top = tl.zeros([], tl.float32)
         scale = tl.full([], 1.0, tl.float32)

@@ -21,6 +21,7 @@ from unittest import mock
 import _bench_common as common
 import torch
 from _aot import TARGETS, Launch, Recorder, compile_launch
+from _aot_v2 import v2_launches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_dspark.ops import rejection_triton, sequential_triton
@@ -104,6 +105,11 @@ def configurations() -> dict[str, list[Launch]]:
         named[f"rejection {mode}"] = rejection_launches(mode, "standard")
     for mode in ("dense", "one-hot", "top-k"):
         named[f"rejection block {mode}"] = rejection_launches(mode, "block")
+    for method in ("standard", "block"):
+        for mode in ("dense", "one-hot"):
+            named[f"v2 {method} {mode}"] = v2_launches(
+                (R, K, V), mode == "dense", method, processed=mode == "dense"
+            )
     return named
 
 
@@ -159,6 +165,17 @@ def rejection_bytes(launch: Launch) -> tuple[int, int]:
     return needed, moved + (R * V * F32 if mode == 2 else 0)
 
 
+def v2_bytes(launch: Launch) -> tuple[int, int]:
+    """Needed and moved if every draft is accepted but the last, which is the most."""
+    c, target, draft = launch.constants, launch.args[0], launch.args[6]
+    row = V * target.element_size() + (V * draft.element_size() if c["DENSE"] else 0)
+    # Twice a row for its normaliser, once for a residual mass; then one row to draw.
+    moved = 2 * K * row + (3 if c["DENSE"] else 1) * row
+    if c["METHOD"] == "block" and c["DENSE"]:
+        moved += (K - 1) * row
+    return R * K * row, R * moved
+
+
 def other_bytes(launch: Launch) -> tuple[int, int]:
     """Needed and moved by what is launched once a block."""
     if launch.name == "topk_kernel":
@@ -183,6 +200,8 @@ def bytes_of(launch: Launch) -> tuple[int, int]:
         return step_bytes(launch)
     if launch.name == "rejection_kernel":
         return rejection_bytes(launch)
+    if launch.name == "v2_rejection_kernel":
+        return v2_bytes(launch)
     return other_bytes(launch)
 
 

@@ -50,7 +50,7 @@ def same(results: list[dict[str, Any]]) -> None:
     for theirs, ours in zip(results[::2], results[1::2], strict=True):
         assert theirs["rejection_sampler"] == KERNELS["vllm"]
         assert ours["rejection_sampler"] == KERNELS["dspark"]
-        assert ours["verifications"] > 10
+        assert ours["verifications"] > 5
         assert ours["accepted"] == theirs["accepted"] > 0
         assert [t["tokens"] for t in ours["texts"]] == [
             t["tokens"] for t in theirs["texts"]
@@ -86,16 +86,15 @@ def test_the_same_structured_output(
     tmp_path: Path, text_pair: tuple[Path, Path]
 ) -> None:
     pytest.importorskip("triton", reason="vLLM's V2 runner is interpreted with Triton")
-    names = (*GRAMMARS, *GRAMMARS)
     wave = [
         {
             "prompt": prompt(5 + 3 * i, i),
-            "params": {"temperature": 0.7 * (i % 3), "max_tokens": 20, "seed": i},
+            "params": {"temperature": 0.7 * (i > 0), "max_tokens": 10, "seed": i},
             "grammar": GRAMMARS[name][0],
         }
-        for i, name in enumerate(names)
+        for i, name in enumerate(GRAMMARS)
     ]
-    wave.append({"prompt": prompt(9, 9), "params": {"max_tokens": 20, "seed": 9}})
+    wave.append({"prompt": prompt(9, 9), "params": {"max_tokens": 10, "seed": 9}})
     target, drafter = text_pair
     job = {
         "target": str(target),

@@ -21,6 +21,7 @@ KERNELS = {
     "rejection_kernel",
     "step_kernel",
     "topk_kernel",
+    "v2_rejection_kernel",
 }
 
 

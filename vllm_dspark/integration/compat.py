@@ -357,7 +357,8 @@ def _check(symbol: Symbol) -> SymbolRow:
         return SymbolRow(symbol.path, expected, "missing", False, str(error))
     if symbol.params is None:
         return SymbolRow(symbol.path, expected, "found", True, symbol.why)
-    names = [p for p in inspect.signature(found).parameters if p != "self"]
+    function = getattr(found, "fn", found)  # a Triton kernel holds its function
+    names = [p for p in inspect.signature(function).parameters if p != "self"]
     shown = f"({', '.join(names)})"
     # Extra parameters are fine; ours must be there, in our order.
     order = [p for p in names if p in symbol.params]

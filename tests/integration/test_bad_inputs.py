@@ -182,6 +182,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no goal": ({"dspark": {"slo_tps": -3}}, ["slo_tps", "-3"]),
     "no table": ({"dspark": {"cost_table": "/nowhere"}}, ["cost_table", "/nowhere"]),
     "no file": ({"dspark": {"calibration": "/nowhere"}}, ["calibration", "/nowhere"]),
+    "no such kernel": (
+        {"dspark": {"rejection_kernel": "triton"}},
+        ["rejection_kernel", "triton", "auto", "vllm", "dspark"],
+    ),
+    "kernel of the other runner": (
+        {"dspark": {"rejection_kernel": "vllm"}},
+        ["rejection_kernel", "vllm", "only the V2 runner", "leave the option out"],
+    ),
 }
 
 

@@ -44,9 +44,10 @@ def at_matched_throughput(arms: Arms, mine: str, other: str) -> dict[str, float]
         other: between its loads linear, without those at which it serves less than
             with fewer clients.
     """
-    if mine not in arms or other not in arms:
+    known = [r for r in arms.get(other, {}).values() if r["tok_s_per_user"]]
+    if mine not in arms or not known:
         return {}
-    rows = sorted(arms[other].values(), key=lambda row: -row["tok_s_per_user"])
+    rows = sorted(known, key=lambda row: -row["tok_s_per_user"])
     speed = np.maximum.accumulate([row["output_throughput"] for row in rows])
     best = np.diff(speed, prepend=0.0) > 0
     each = np.array([row["tok_s_per_user"] for row in rows])[best]
@@ -54,7 +55,8 @@ def at_matched_throughput(arms: Arms, mine: str, other: str) -> dict[str, float]
     return {
         load: row["tok_s_per_user"] / float(np.interp(total, speed, each))
         for load, row in arms[mine].items()
-        if speed[0] <= (total := row["output_throughput"]) <= speed[-1]
+        if row["tok_s_per_user"]
+        and speed[0] <= (total := row["output_throughput"]) <= speed[-1]
     }
 
 

@@ -24,6 +24,7 @@ from _sim_scenario import Scenario
 
 # What a duration is made of: the table's seconds, steps, answers.
 PARTS = ("scale", "per_step", "per_answer")
+FIT_ROUNDS = 3
 
 
 def like(scenario: Scenario, settings: dict[str, Any]) -> Scenario:
@@ -79,30 +80,46 @@ def fit_overhead(
 ) -> Machine:
     """The machine with the overheads that the `none` arm's throughput shows.
 
-    What that arm does in a closed loop hardly depends on time, so its duration is a
-    sum of so many seconds of the table, steps and answers: linear least squares.
+    A duration is a sum of so many seconds of the table, steps and answers: linear least
+    squares, a few times, as how many they are depends a little on their times.
 
     Args:
         measured: of that arm, by load.
         fitted: which of `PARTS`; the others stay as they are.
     """
-    plain = replace(scenario.machine, per_step=0.0, per_answer=0.0, noise=0.0)
-    exact = replace(scenario, machine=plain)
-    runs = max(row["runs"] for row in measured.values())
-    rows, wanted = [], []
-    for clients, counts in simulate_sweep(exact, "none", settings, runs, 0).items():
-        speed = measured[str(clients)]["output_throughput"]
-        seconds = sum(c.emitted for c in counts) / speed
-        parts = (
-            sum(c.busy for c in counts),
-            sum(c.steps for c in counts),
-            sum(c.answers for c in counts),
+    machine = replace(scenario.machine, per_step=0.0, per_answer=0.0)
+    for _ in range(FIT_ROUNDS):
+        exact = replace(scenario, machine=replace(machine, noise=0.0))
+        rows, wanted = _durations(exact, settings, measured)
+        columns = [PARTS.index(name) for name in fitted]
+        factor, per_step, per_answer = _not_negative(rows, wanted, columns)
+        machine = replace(
+            machine,
+            scale=factor * machine.scale,
+            per_step=per_step,
+            per_answer=per_answer,
         )
-        rows.append(np.array(parts) / seconds)
-        wanted.append(1 - sum(c.seconds - c.busy for c in counts) / seconds)
-    columns = [PARTS.index(name) for name in fitted]
-    found = _not_negative(np.array(rows), np.array(wanted), columns)
-    return replace(scenario.machine, **dict(zip(PARTS, found, strict=True)))
+    return machine
+
+
+def _durations(
+    scenario: Scenario, settings: dict[str, Any], measured: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the `none` arm's measured durations consist of, and all that is to be.
+
+    Shape: ``[loads, 3]`` in the order of `PARTS`, ``[loads]``; shares of the duration.
+    """
+    machine, rows, wanted = scenario.machine, [], []
+    runs = max(row["runs"] for row in measured.values())
+    for clients, each in simulate_sweep(scenario, "none", settings, runs, 0).items():
+        speed = measured[str(clients)]["output_throughput"]
+        seconds = sum(c.emitted for c in each) / speed
+        steps, answers = sum(c.steps for c in each), sum(c.answers for c in each)
+        outside = machine.per_step * steps + machine.per_answer * answers
+        table = sum(c.busy for c in each) - outside
+        rows.append(np.array([table, steps, answers]) / seconds)
+        wanted.append(1 - sum(c.seconds - c.busy for c in each) / seconds)
+    return np.array(rows), np.array(wanted)
 
 
 def _not_negative(

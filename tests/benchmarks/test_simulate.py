@@ -9,6 +9,7 @@ from pathlib import Path
 import _sim_acceptance as acceptance
 import _sim_report as report
 import _sim_scenario as scenarios
+import _sim_validate as validation
 import numpy as np
 import pytest
 import simulate
@@ -206,9 +207,15 @@ def test_a_cost_table_from_throughput_gives_it_back() -> None:
         assert float(table.draft_seconds(r, 7)) == pytest.approx(draft[r], rel=0.02)
 
 
-# Drafting is free to be left out, but for what keeps the drafter's context up.
-@pytest.mark.parametrize("rate", [0.3, 0.6, 0.85])
-@pytest.mark.parametrize("clients", [2, 8, 64])
+def _cases(*quick: tuple[int, float]) -> list[object]:
+    """All loads and rates; those that are not quick are marked slow."""
+    every = [(c, r) for c in (2, 8, 64) for r in (0.3, 0.6, 0.85)]
+    assert set(quick) <= set(every)
+    slow = pytest.mark.slow
+    return [pytest.param(*e, marks=() if e in quick else slow) for e in every]
+
+
+@pytest.mark.parametrize("clients, rate", _cases((8, 0.6), (64, 0.3)))
 def test_adaptive_is_not_worse_than_what_could_be_set_by_hand(
     clients: int, rate: float
 ) -> None:
@@ -251,6 +258,59 @@ def test_what_the_controller_believes_can_be_wrong() -> None:
     )
     with pytest.raises(ValueError, match="distortion"):
         scenarios.distorted(DEMO, "steps+2")
+
+
+def test_validation_recovers_the_overhead_it_was_made_with() -> None:
+    settings = {
+        "concurrency": [1, 4, 8],
+        "num_prompts": {"1": 4, "4": 8, "8": 16},
+        "output_tokens": 30,
+        "output_spread": 0.5,
+        "warmup_tokens": 8,
+        "max_num_seqs": None,
+    }
+    drafter = acceptance.constant(0.5, WIDTH)
+    true = Machine(DEMO, per_step=0.004, per_answer=0.0006)
+    scenario = scenarios.Scenario("t", drafter, true, work=Workload(20, 30))
+    like = validation.like(scenario, settings)
+    arms: dict[str, dict[str, dict[str, object]]] = {}
+    for name in ("none", "dspark-fixed-3"):
+        by_load = validation.simulate_sweep(like, name, settings, 1, seed=0)
+        arms[name] = {}
+        for clients, counts in by_load.items():
+            row = figures(counts[0])
+            row |= {"runs": 1, "output_throughput_range": [0.0, 0.0]}
+            arms[name][str(clients)] = row
+    result = {"settings": settings, "arms": arms}
+    unknown = replace(scenario, machine=Machine(DEMO))
+    found = validation.validate(unknown, result, seeds=1)
+    assert found["overhead"]["per_step_ms"] == pytest.approx(4, rel=0.02)
+    assert found["overhead"]["per_answer_ms"] == pytest.approx(0.6, rel=0.02)
+    assert found["overhead"]["scale"] == 1.0
+    assert found["largest_error"] < 0.01
+    # A machine twice as fast: its factor is found only where it is asked for.
+    faster = replace(unknown, machine=Machine(DEMO, scale=0.5))
+    assert validation.validate(faster, result, seeds=1)["largest_error"] > 0.05
+    found = validation.validate(faster, result, seeds=1, fit_scale=True)
+    assert found["overhead"]["scale"] == pytest.approx(1.0, rel=0.05)
+    assert found["largest_error"] < 0.03
+
+
+def test_acceptance_of_an_evaluation() -> None:
+    benchmarks = Path(simulate.__file__).parent
+    found = acceptance.read(benchmarks / "results" / "evaluate.json", 0.0)
+    ours = acceptance.read(benchmarks / "data" / "smollm2-135m-dspark.json")
+    assert found.width == ours.width == WIDTH
+    for name, data in ours.datasets.items():
+        theirs = found.datasets[name]
+        assert theirs.conditional == pytest.approx(data.conditional, abs=1e-3)
+        assert theirs.excess == pytest.approx(data.excess, abs=1e-3)
+        # The mean of rounds is the product of the positions' conditional rates.
+        rounds = json.loads((benchmarks / "results" / "evaluate.json").read_text())
+        tau = rounds["datasets"][name]["tau"]
+        assert data.tau == pytest.approx(tau, rel=0.01)
+    with pytest.raises(ValueError, match="no rounds at temperature"):
+        acceptance.read(benchmarks / "results" / "evaluate.json", 0.5)
 
 
 def test_the_command(tmp_path: Path) -> None:

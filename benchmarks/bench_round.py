@@ -93,7 +93,7 @@ def instrument(clock: Clock, runner: Any, speculative: bool) -> None:
     from vllm_dspark.integration import proposer
 
     clock.time(runner, "propose_draft_token_ids", PROPOSING)
-    clock.time(runner.drafter, "_write_now", "context K/V")
+    clock.time(runner.drafter.context, "_write", "context K/V")
     clock.time(runner.drafter, "_backbone", "backbone")
     clock.time(runner.drafter.model, "base_logits", "draft LM head")
     clock.time(proposer, "draft_sequential", "sequential head")

@@ -15,7 +15,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from vllm_dspark.integration.compat import SYMBOLS, Symbol
+from vllm_dspark.integration.symbols import SYMBOLS, Symbol, symbol_of
 from vllm_dspark.integration.v2.symbols import SYMBOLS_V2
 
 Def = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.stmt
@@ -128,9 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder that contains vllm/")
     sources = Sources(parser.parse_args().root)
-    v2 = (
-        Symbol(p, None if n is None else tuple(n.split()), w) for p, n, w in SYMBOLS_V2
-    )
+    v2 = [symbol_of(*row) for row in SYMBOLS_V2]
     problems = [(s.path, check(sources, s)) for s in (*SYMBOLS, *v2)]
     for path, problem in problems:
         if problem:

@@ -20,6 +20,8 @@ import _bench_common  # noqa: F401  (makes the package importable)
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_dspark.calibration.scaling import sigmoid
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -165,8 +167,7 @@ def _maps(data: Dataset, acceptance: Acceptance, spread_u: float) -> Floats:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    p: Floats = 1 / (1 + np.exp(-np.clip(x, -40, 40)))
-    return p
+    return sigmoid(np.clip(x, -40, 40))
 
 
 def _mean(mean: float, spread: float) -> float:

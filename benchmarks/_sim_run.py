@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from _sim_engine import Engine
@@ -21,13 +20,13 @@ def point(
     rate: float | None = None,
     seed: int = 0,
     steps: tuple[int, int] = (WARM_STEPS, STEPS),
-    show: Callable[[int], None] | None = None,
+    show: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """One arm at one load: figures of ``steps[1]`` steps after ``steps[0]`` others.
 
     Args:
         clients: of a closed loop; rate: requests a second of an open one, instead.
-        show: called with 1 after each step.
+        show: called after each step.
     """
     chosen = arm(name, scenario.acceptance.width)
     engine = Engine(
@@ -38,7 +37,7 @@ def point(
 
     def step(count: int, clock: float) -> None:
         if show is not None:
-            show(1)
+            show()
 
     engine.run(load, steps[0], step)
     counts = engine.run(load, steps[1], step)
@@ -69,7 +68,7 @@ def grid(
     open_loop: bool = False,
     seed: int = 0,
     steps: tuple[int, int] = (WARM_STEPS, STEPS),
-    show: Callable[[int], None] | None = None,
+    show: Callable[[], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures by arm and load; ``ratio_to_none`` where that arm is there."""
     found: dict[str, dict[str, Any]] = {name: {} for name in arms}
@@ -85,27 +84,3 @@ def grid(
                 ratio = row["output_throughput"] / base["output_throughput"]
                 row["ratio_to_none"] = ratio
     return found
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line per tenth elsewhere."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with Progress(console=console) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda count: bar.advance(task, count)
-        return
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        if (done + count) * 10 // max(total, 1) > done * 10 // max(total, 1):
-            percent = 100 * (done + count) // max(total, 1)
-            console.print(f"{what}: {percent} %", highlight=False)
-        done += count
-
-    yield advance

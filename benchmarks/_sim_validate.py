@@ -46,7 +46,7 @@ def simulate_sweep(
     settings: dict[str, Any],
     rounds: int,
     seed: int,
-    show: Callable[[int], None] | None = None,
+    show: Callable[[], None] | None = None,
 ) -> dict[int, list[Counts]]:
     """One arm through a whole sweep, its controller learning as it goes."""
     chosen = arm(name, scenario.acceptance.width)
@@ -60,7 +60,7 @@ def simulate_sweep(
         engine.begin(load)
         counts = engine.run(load)
         if show is not None:
-            show(1)
+            show()
         return counts
 
     warm = replace(scenario.work, output_tokens=settings["warmup_tokens"], spread=0.0)
@@ -145,7 +145,7 @@ def validate(
     result: dict[str, Any],
     seeds: int = 5,
     fit_scale: bool = False,
-    show: Callable[[int], None] | None = None,
+    show: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Every measured point beside the simulated one.
 

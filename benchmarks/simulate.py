@@ -40,8 +40,12 @@ import _sim_validate as validation
 from _sim_load import Workload
 from _sim_parts import Limits
 from _sim_scenario import Scenario
+from rich.console import Console
+
+from vllm_dspark.cli.counting import counting
 
 ARMS = ("none", "fixed-1", "fixed-3", "fixed-7", "threshold", "no-bypass", "adaptive")
+console = Console(stderr=True)  # for progress
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,7 +102,7 @@ def simulate(args: argparse.Namespace, scenario: Scenario) -> dict[str, Any]:
     loads = args.rates or args.clients or scenario.clients
     steps = tuple(args.steps)
     total = len(args.arms) * len(loads) * sum(steps)
-    with run.progress("simulating", total) as advance:
+    with counting(console, "simulating", total) as advance:
         arms = run.grid(
             scenario, args.arms, loads, bool(args.rates), args.seed, steps, advance
         )
@@ -136,7 +140,8 @@ def sensitivity(args: argparse.Namespace, scenario: Scenario) -> dict[str, Any]:
     steps = tuple(args.steps)
     kinds = ["exact", *(how for how in args.wrong if how != "exact")]
     found: dict[str, Any] = {}
-    with run.progress("one thing wrong", len(kinds) * len(loads) * sum(steps)) as show:
+    total = len(kinds) * len(loads) * sum(steps)
+    with counting(console, "one thing wrong", total) as show:
         for how in kinds:
             worse = scenarios.wrong(scenario, how)
             one = run.grid(worse, ["adaptive"], loads, False, args.seed, steps, show)
@@ -164,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.validate:
             sweep = json.loads(args.validate.read_text())
             total = validation.points(sweep, args.seeds)
-            with run.progress("simulating the sweep", total) as advance:
+            with counting(console, "simulating the sweep", total) as advance:
                 found = validation.validate(
                     scenario, sweep, args.seeds, args.fit_scale, advance
                 )

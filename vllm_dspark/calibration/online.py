@@ -34,7 +34,8 @@ from vllm_dspark.calibration.drift import (
 )
 from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.rounds import Floats, Ints, survival
-from vllm_dspark.calibration.start import StartingMaps, sigmoid
+from vllm_dspark.calibration.scaling import sigmoid
+from vllm_dspark.calibration.start import StartingMaps
 from vllm_dspark.calibration.window import CalibrationWindow
 
 

@@ -70,12 +70,13 @@ def scale(confidence: Floats, temperature: float, bias: float) -> Floats:
     """σ(logit(c)/T + b)."""
     if temperature == 1.0 and bias == 0.0:
         return confidence
-    return _sigmoid(logit(confidence) / temperature + bias)
+    return sigmoid(logit(confidence) / temperature + bias)
 
 
-def _sigmoid(x: Floats) -> Floats:
-    value: Floats = 1 / (1 + np.exp(-x))
-    return value
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + e^−x), for logits that are not extreme."""
+    p: Floats = 1 / (1 + np.exp(-x))
+    return p
 
 
 def fit_position(
@@ -100,7 +101,7 @@ def fit_position(
     raw = logit(confidence)
 
     def error(point: tuple[float, float]) -> tuple[float, float]:
-        value = before * _sigmoid(raw / point[0] + point[1])
+        value = before * sigmoid(raw / point[0] + point[1])
         return max(0.0, ece(value, hit) - ece_floor(value)), brier(value, hit)
 
     if kind == KINDS[1]:

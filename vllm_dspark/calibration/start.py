@@ -61,9 +61,3 @@ class StartingMaps:
         x = x * self._slope[settings, :k] + self._bias[settings, :k]
         mapped: Floats = np.minimum(np.maximum(x, -_MAX_LOGIT), _MAX_LOGIT)
         return mapped
-
-
-def sigmoid(x: Floats) -> Floats:
-    """1 / (1 + e^−x), for logits that are not extreme."""
-    p: Floats = 1 / (1 + np.exp(-x))
-    return p

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_dspark.calibration.rounds import PromptRounds
+from vllm_dspark.cli.counting import counting
 from vllm_dspark.cli.rounds import engine_torch, engine_vllm
 from vllm_dspark.cli.rounds.prompts import Prompt, read_rows, tokenize
 from vllm_dspark.cli.rounds.settings import DRAFT_SAMPLE_METHOD, Decoding, Drafting
@@ -112,31 +111,6 @@ def load_prompts(arguments: argparse.Namespace, console: Console) -> list[Prompt
     return prompts
 
 
-def _lines(console: Console, what: str, total: int) -> Callable[[], None]:
-    """Progress in a pipe or a CI log: a line every tenth."""
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done * 10 // total > (done - 1) * 10 // total:
-            console.print(f"{what}: {done} of {total}", highlight=False)
-
-    return advance
-
-
-@contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
-    if not console.is_terminal:
-        yield _lines(console, what, total)
-        return
-    columns = Progress.get_default_columns()[:-1]
-    extra = (TimeRemainingColumn(), TimeElapsedColumn())
-    with Progress(*columns, *extra, console=console) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
-
-
 def collect(
     arguments: argparse.Namespace,
     drafts: Drafting,
@@ -147,10 +121,10 @@ def collect(
     asked = decoding(arguments)
     total = len(prompts) * len(asked.temperatures)
     if arguments.engine == "torch":
-        with _progress(console, "decoding", total) as advance:
+        with counting(console, "decoding", total) as advance:
             return engine_torch.collect(asked, drafts, prompts, advance)
     with (
         engine_vllm.running(asked, drafts, prompts, console) as collecting,
-        _progress(console, "decoding", total) as advance,
+        counting(console, "decoding", total) as advance,
     ):
         return collecting(advance)

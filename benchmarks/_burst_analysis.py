@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Series:
     steps: np.ndarray
     values: np.ndarray
 
-    @property
+    @cached_property
     def medians(self) -> np.ndarray:
         """Running median of the last `WINDOW` values, none of the phase before."""
         return np.array(

@@ -61,6 +61,18 @@ def test_what_is_read_in_every_step_is_written_in_every_step() -> None:
     assert cache.calls == [1] * 5
 
 
+def test_what_is_kept_is_no_buffer() -> None:
+    """Positions and slots are the runner's, which writes the next step's into them."""
+    cache = Cache()
+    writer = ContextWriter(cache.write)
+    features, positions, slots = rows(1, [4, 5])
+    writer.add((features, positions, slots), read_next=False)
+    positions.fill_(9)
+    slots.fill_(8)
+    writer.flush()
+    assert cache.slots == {4: (1.0, 0), 5: (1.0, 1)}
+
+
 def test_no_more_is_kept_than_allowed() -> None:
     cache = Cache()
     writer = ContextWriter(cache.write)

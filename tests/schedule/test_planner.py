@@ -20,6 +20,7 @@ from vllm_dspark.schedule.planner import (
     Budget,
     find_budget,
     fixed,
+    nothing,
     plan,
     plan_within,
     threshold,
@@ -150,6 +151,18 @@ def test_ragged_rows(policy: str) -> None:
     assert found.verify_lens.tolist() == [3, 1, 0]
     assert found.invalid == 0  # what lies beyond a row's drafts is nobody's fault
     assert found.tokens == pytest.approx(3 + 0.9 + 0.8 + 0.7 + 0.9)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("goal", [0.0, 0.01, 100.0])
+def test_the_plan_of_nothing_is_that_of_a_step_without_drafts(
+    rows: int, goal: float
+) -> None:
+    step = VerifyStep(np.zeros((rows, 0)), rows + 7, rising, 0.5, slo_tps=goal)
+    found, same = nothing(step), plan(step)
+    assert found.verify_lens.tolist() == same.verify_lens.tolist()
+    assert (found.tokens, found.seconds) == (same.tokens, same.seconds)
+    assert found.reason is same.reason
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)

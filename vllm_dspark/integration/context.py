@@ -42,15 +42,18 @@ class ContextWriter:
 
         Args:
             rows: features, positions and slots (-1: not stored) of the step's final
-                tokens; kept as they are, so they may be no buffers of vLLM's.
+                tokens. The features may be no buffer of vLLM's; what is kept of the
+                others is copied.
             read_next: False if nothing is drafted in this step.
         """
-        new, kept = len(rows[1]), self.rows
-        self._kept.append(rows)
+        features, positions, slots = rows
+        new, kept = len(slots), self.rows
         self.rows += new
         self._owed = self._row_seconds * new
         if not read_next and self.rows <= MAX_ROWS:
+            self._kept.append((features, positions.clone(), slots.clone()))
             return
+        self._kept.append(rows)
         start = time.perf_counter()
         self.flush()
         seconds = time.perf_counter() - start

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dspark.integration.config import drafter_folder, options
-from vllm_dspark.integration.context import ContextWriter
+from vllm_dspark.integration.context import ContextWriter, Rows
 from vllm_dspark.integration.loader import load_draft_model
 from vllm_dspark.integration.pending import Drafted
 from vllm_dspark.model import checkpoint
@@ -157,14 +157,12 @@ class DSparkProposer(DFlashProposer):
         features: list[torch.Tensor],
         positions: torch.Tensor,
         attention: CommonAttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features, positions and slots of a step's final tokens, all copies."""
+    ) -> Rows:
+        """Features (a copy), positions and slots of a step's final tokens."""
         n = positions.shape[0]
         slots = attention.slot_mapping[:n]
         taps = torch.cat(features, dim=-1)
-        if keep is None:
-            positions, slots = positions.clone(), slots.clone()
-        else:
+        if keep is not None:
             index = torch.from_numpy(keep).to(positions.device)
             positions, slots = positions[index], slots[index]
             taps = taps[index]

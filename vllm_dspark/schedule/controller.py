@@ -86,7 +86,7 @@ class Controller:
         assert self.live is not None
         allowed = None
         made = self._forecaster.of(
-            batch, self._rounds_seen > 0, self.live.snapshot(), self._costs(batch)
+            batch, self._rounds_seen > 0, self.live.snapshot(), self._costs
         )
         if (goal := float(batch.slo_tps.max(initial=0.0))) > 0:
             allowed = made.throughput / len(batch.ids) >= goal

@@ -25,6 +25,9 @@ from vllm_dspark.schedule.probing import Probes
 
 Floats = NDArray[np.float64]
 
+# Intervals of exploring after which no position is tried where much seems to be gained.
+_SELDOM = 8
+
 
 class Reason(StrEnum):
     """Why a step drafts as many positions as it does."""
@@ -169,7 +172,7 @@ class Drafting:
         if self._gain[self._length] >= options.doubtful_gain:
             # Beyond doubt, if the table is right; if its curve is too flat, nothing
             # else would show it.
-            at = self._drafting % (8 * options.explore_interval)
+            at = self._drafting % (_SELDOM * options.explore_interval)
         half = options.explore_interval // 2
         return 0 if half <= at < half + options.explore_steps else None
 

@@ -31,7 +31,7 @@ class DraftingOptions:
             are drafted, to learn about those that are left out,
         explore_steps: for so many steps.
         doubtful_gain: log gain of drafting below which steps without drafts are made
-            as often, to learn what they take; above, an eighth as often.
+            as often, to learn what they take; above, more seldom (`drafting`).
         encouraging: share of the distance to break-even that a probe must close to
             be continued.
         low_acceptance: acceptance of first drafts below which a bypass is put down to

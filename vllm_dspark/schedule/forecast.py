@@ -6,6 +6,7 @@ comes in, and from step to step only the contexts grow: the forecast is kept for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_dspark.calibration.online import OnlineSurvival
@@ -44,7 +45,7 @@ class Forecaster:
         batch: Batch,
         news: bool,
         table: CostTable,
-        costs: tuple[StepCost, DraftCost],
+        costs: Callable[[Batch], tuple[StepCost, DraftCost]],
     ) -> Forecast:
         """The forecast for a batch, perhaps that of a step before.
 
@@ -52,12 +53,12 @@ class Forecaster:
             batch: with at least one request.
             news: outcomes came in since the last forecast.
             table: the costs are by it; another one is news.
-            costs: of steps and of drafting, for this batch.
+            costs: of steps and of drafting, for a batch.
         """
         self._age += 1
         kept = self._made
         if kept is None or news or self._age >= _KEPT or self._differs(batch, table):
-            kept = self._made = self._make(batch, costs)
+            kept = self._made = self._make(batch, *costs(batch))
             self._of, self._age = (batch, table), 0
         return kept
 
@@ -67,7 +68,9 @@ class Forecaster:
         same = table is priced and batch.prefill_tokens == before.prefill_tokens
         return not same or batch.ids != before.ids
 
-    def _make(self, batch: Batch, costs: tuple[StepCost, DraftCost]) -> Forecast:
+    def _make(self, batch: Batch, cost: StepCost, draft_cost: DraftCost) -> Forecast:
         history = self._survival.history(batch.ids, batch.temperatures)
-        best = best_draft_length(history, len(batch.ids), batch.base_tokens, *costs)
+        best = best_draft_length(
+            history, len(batch.ids), batch.base_tokens, cost, draft_cost
+        )
         return Forecast(best.throughput, float(history[:, 0].mean()))

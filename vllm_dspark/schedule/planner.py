@@ -155,14 +155,11 @@ def plan_within(step: VerifyStep, budget: Budget) -> VerifyPlan:
 
 def nothing(step: VerifyStep) -> VerifyPlan:
     """The plan of a step without drafts: there is nothing to choose."""
-    tokens = float(step.num_reqs)
-    seconds = float(
-        round_seconds(step.cost, step.base_tokens, 0, step.extra_seconds)[0]
-    )
+    seconds = _price(step, 0)
     lens = np.zeros(step.num_reqs, dtype=np.int64)
-    missed = bool(np.any(1.0 / seconds < step.slo_tps))
+    missed = step.num_reqs > 0 and bool(np.any(1.0 / seconds < step.slo_tps))
     reason = Stop.GOAL_MISSED if missed else Stop.ALL
-    return VerifyPlan(lens, tokens, seconds, reason, 0)
+    return VerifyPlan(lens, float(step.num_reqs), seconds, reason, 0)
 
 
 def fixed(step: VerifyStep, length: int | None = None) -> VerifyPlan:
@@ -195,6 +192,12 @@ def _seconds(step: VerifyStep, drafts: Candidates) -> Floats:
     return round_seconds(step.cost, step.base_tokens, most, step.extra_seconds)
 
 
+def _price(step: VerifyStep, verified: int) -> float:
+    """Seconds of the round with so many drafts verified."""
+    batch_tokens = step.base_tokens + verified
+    return float(round_seconds(step.cost, batch_tokens, 0, step.extra_seconds)[0])
+
+
 def _expected(drafts: Candidates, reserved: Ints, order: Ints) -> Floats:
     """``[n + 1]`` tokens with the first 0, 1, … n of ``order`` verified."""
     gains = np.empty(len(order) + 1)
@@ -206,7 +209,6 @@ def _expected(drafts: Candidates, reserved: Ints, order: Ints) -> Floats:
 def _priced(
     step: VerifyStep, drafts: Candidates, lens: Ints, reason: Stop
 ) -> VerifyPlan:
-    batch_tokens = step.base_tokens + int(lens.sum())
-    seconds = float(round_seconds(step.cost, batch_tokens, 0, step.extra_seconds)[0])
+    seconds = _price(step, int(lens.sum()))
     tokens = float(drafts.tokens(lens).sum())
     return VerifyPlan(lens, tokens, seconds, reason, drafts.invalid)

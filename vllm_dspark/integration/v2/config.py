@@ -24,10 +24,8 @@ WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": _WORKER + "DSparkV2GPUWorker",
 }
 
-_SERVED = (
-    "calibration",
-    "rejection_kernel",
-)  # of our options; the others are for the V1 runner so far
+# Of our options; the others are for the V1 runner so far.
+_SERVED = ("calibration", "rejection_kernel")
 
 
 def activate(vllm_config: Any) -> None:

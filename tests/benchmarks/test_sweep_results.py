@@ -6,7 +6,9 @@ from pathlib import Path
 
 import _sweep_client as client
 import _sweep_grid as grid
+import _sweep_plots as plots
 import _sweep_report as report
+import _sweep_summary as summary
 import pytest
 
 # ---- files ----
@@ -121,17 +123,18 @@ def test_ratios_are_of_the_same_run_and_the_best_other_is_chosen_by_load(
     speeds |= {(adaptive, 1, run): s for run, s in enumerate((20.0, 20.0, 60.0))}
     speeds |= {("fixed", 1, 0): 15.0, ("fixed", 8, 0): 90.0}
     speeds |= {("none", 8, 0): 100.0, (adaptive, 8, 0): 99.0}
-    found = report.summarise(fabricate(tmp_path, speeds).records(grid.GRID), [])
+    found = summary.summarise(fabricate(tmp_path, speeds).records(grid.GRID), [])
     row = found["arms"][adaptive]["1"]
     # The ratio of the medians would be 1.0.
     assert row["ratio_to_none"] == {"median": 1.5, "runs": [2.0, 1.0, 1.5]}
     assert row["output_throughput"] == 20.0 and row["tok_s_per_user"] == 20.0
     assert row["output_throughput_range"] == [20.0, 60.0]
-    best = found["adaptive_to_best_other"]
-    assert best["8"] == {
-        "best_other": "none",
-        "ratio": {"median": 0.99, "runs": [0.99]},
-    }
+    ratios = found["ratios"]
+    assert ratios["best other"]["8"] == {"arm": "none", "median": 0.99, "runs": [0.99]}
+    assert ratios["fixed"]["8"] == {"median": 1.1, "runs": [1.1]}
+    # At one client "none" has the higher median; the pairs are its own.
+    assert ratios["best other"]["1"] == {"arm": "none", **ratios["none"]["1"]}
+    assert ratios["none"]["1"]["runs"] == [2.0, 1.0, 1.5]
     assert found["arms"]["fixed"]["1"]["ratio_to_none"]["runs"] == [1.5]
 
 
@@ -139,7 +142,7 @@ def test_a_round_measured_in_two_sessions_gives_no_ratio(tmp_path: Path):
     results = fabricate(tmp_path, {("none", 1, 1): 10.0, ("x", 1, 1): 30.0})
     for arm, session in (("none", "before"), ("x", "after")):
         results.add(grid.Point(arm, 1, 0), {**RECORD, "session": session})
-    found = report.summarise(results.records(grid.GRID), [])["arms"]["x"]["1"]
+    found = summary.summarise(results.records(grid.GRID), [])["arms"]["x"]["1"]
     assert found["ratio_to_none"]["runs"] == [3.0] and found["runs"] == 2
 
 
@@ -147,10 +150,10 @@ def test_tables_and_figures_bear_arms_with_gaps(tmp_path: Path, capsys):
     pytest.importorskip("matplotlib")
     results = fabricate(tmp_path, {("a", 1, 0): 3.0, ("b", 8, 0): 4.0})
     results.add(grid.Point("a", 8, 0, "math"), RECORD)
-    found = report.summarise(results.records(grid.GRID), results.records(grid.SPLIT))
+    found = summary.summarise(results.records(grid.GRID), results.records(grid.SPLIT))
     report.show(found)
     assert "math" in capsys.readouterr().out
-    for file in report.draw(found, tmp_path):
+    for file in plots.draw(found, tmp_path):
         assert file.stat().st_size > 1000
 
 

@@ -12,7 +12,7 @@ from _sweep_arms import Arm
 
 # Defaults of what --quick makes shorter.
 FULL: dict[str, Any] = {
-    "arms": list(sweep_arms.NAMES),
+    "arms": list(sweep_arms.DEFAULT),
     "concurrency": [1, 2, 4, 8, 16, 32, 64],
     "rounds": 3,
     "seconds_per_point": 40.0,
@@ -44,6 +44,7 @@ SETTINGS = (
     "max_num_seqs",
     "compiled",
     "one_at_a_time",
+    "suspend",
 )
 
 
@@ -64,6 +65,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.concurrency = sorted(set(args.concurrency))
+    args.split_arms = [sweep_arms.full_name(name) for name in args.split_arms]
     _check(args)
     return args
 
@@ -75,8 +77,12 @@ def _what(add: Any) -> None:
     add("--out", type=Path, required=True, help="folder for everything")
     add("--resume", action="store_true", help="continue the sweep that is in --out")
     add("--quick", action="store_true", help="few arms, loads, one round: 10 minutes")
-    add("--arms", nargs="+", help=f"of {', '.join(sweep_arms.NAMES)} (all)")
+    known = ", ".join(sweep_arms.NAMES)
+    add("--arms", nargs="+", help=f"of {known} ({' '.join(sweep_arms.DEFAULT)})")
     add("--arm", action="append", default=[], metavar="NAME=JSON", help="one more arm")
+    model = "drafter of the arm dflash, eagle3, draft_model or mtp"
+    metavar = "ARM=FOLDER"
+    add("--draft-model", action="append", default=[], metavar=metavar, help=model)
     add("--rounds", type=int, help="times the whole grid is measured (3; quick: 1)")
 
 
@@ -92,15 +98,17 @@ def _load(add: Any) -> None:
     add("--min-prompts", type=int, help="least number of a point (8; quick: 4)")
     add("--warmup-tokens", type=int, default=64, help="of a warm-up answer (64)")
     add("--seed", type=int, default=0, help="of the order of the prompts (0)")
-    split = "also measure single datasets with these concurrencies"
+    split = "also measure single domains (math, code, chat) with these concurrencies"
     add("--split-datasets", type=int, nargs="+", default=[], metavar="C", help=split)
     add("--split-arms", nargs="+", default=["dspark-adaptive"], help="arms for that")
-    add("--datasets", nargs="+", help="datasets for that (all of the file)")
+    add("--datasets", nargs="+", help="domains or datasets for that (all domains)")
 
 
 def _servers(add: Any) -> None:
     add("--one-at-a-time", action="store_true", help="one server at a time (memory)")
-    add("--kv-gib", type=int, default=1, help="K/V cache of a server, GiB (1)")
+    add("--suspend", action="store_true", help="halt servers while another is measured")
+    size = "K/V cache of a server, GiB (what the largest load needs)"
+    add("--kv-gib", type=float, help=size)
     add("--max-model-len", type=int, default=1024, help="context of a server (1024)")
     add("--max-num-seqs", type=int, help="of a server (the largest concurrency)")
     add("--compiled", action="store_true", help="torch.compile instead of eager")
@@ -109,7 +117,7 @@ def _servers(add: Any) -> None:
 def _check(args: argparse.Namespace) -> None:
     if not args.prompts.is_file():
         raise ValueError(f"--prompts: {args.prompts} is no file")
-    least_one = ("rounds", "min_prompts", "kv_gib", "max_prompt_tokens")
+    least_one = ("rounds", "min_prompts", "max_prompt_tokens")
     for key in least_one:
         if getattr(args, key) < 1:
             raise ValueError(f"{_option(key)} is {getattr(args, key)}; at least 1")
@@ -124,7 +132,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--max-num-seqs is {args.max_num_seqs}, less than the largest "
             f"concurrency, {max(loads)}: requests would wait in the server"
         )
-    for key in ("seconds_per_point", "rounds_per_client"):
+    for key in ("seconds_per_point", "rounds_per_client", "kv_gib"):
         if (value := getattr(args, key)) is not None and value <= 0:
             raise ValueError(f"{_option(key)} is {value}; it must be above 0")
     if not 0 <= args.output_spread < 1:
@@ -142,13 +150,26 @@ def _option(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
+def _draft_models(typed: list[str]) -> dict[str, str]:
+    found = {}
+    for text in typed:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise ValueError(f"--draft-model is {text!r}; it must be ARM=FOLDER")
+        found[name] = folder
+    return found
+
+
 def chosen_arms(args: argparse.Namespace) -> dict[str, Arm]:
     """The arms by name, in the order typed.
 
     Raises:
         ValueError: an unknown or repeated name, or a split arm that is not there.
     """
-    arms = [sweep_arms.named(name, args.drafter) for name in args.arms]
+    models = _draft_models(args.draft_model)
+    arms = [sweep_arms.named(name, args.drafter, models) for name in args.arms]
+    if unused := set(models) - {arm.name for arm in arms}:
+        raise ValueError(f"--draft-model {unused.pop()}: there is no such arm")
     arms += [sweep_arms.custom(text) for text in args.arm]
     names = [arm.name for arm in arms]
     for name in names:

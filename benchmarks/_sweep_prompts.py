@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_e2e import DOMAINS
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -19,6 +21,11 @@ class Prompt:
     number: int
     messages: list[dict[str, str]]
     tokens: int
+
+    @property
+    def domain(self) -> str:
+        """The kind of work: math, code, chat; its dataset where that is unknown."""
+        return DOMAINS.get(self.dataset, self.dataset)
 
 
 class Prompts:
@@ -45,18 +52,32 @@ class Prompts:
     def datasets(self) -> list[str]:
         return sorted(self._datasets)
 
-    def take(self, start: int, count: int, dataset: str | None = None) -> list[Prompt]:
-        """Prompts ``start`` to ``start + count - 1``, of all datasets or one alone.
+    @property
+    def domains(self) -> list[str]:
+        return sorted({rows[0].domain for rows in self._datasets.values()})
+
+    def _of(self, name: str) -> list[str]:
+        """The datasets of a domain, or the one of that name."""
+        if name in self._datasets:
+            return [name]
+        found = [d for d in self.datasets if self._datasets[d][0].domain == name]
+        if not found:
+            known = ", ".join(sorted({*self.datasets, *self.domains}))
+            raise ValueError(
+                f"no prompt is of dataset or domain {name!r} (there are: {known})"
+            )
+        return found
+
+    def take(self, start: int, count: int, only: str | None = None) -> list[Prompt]:
+        """Prompts ``start`` to ``start + count - 1``.
+
+        Args:
+            only: a dataset or a domain; all where None.
 
         Raises:
-            ValueError: there is no such dataset.
+            ValueError: there is no such dataset or domain.
         """
-        names = self.datasets if dataset is None else [dataset]
-        if unknown := set(names) - set(self._datasets):
-            raise ValueError(
-                f"no prompt is of dataset {unknown.pop()!r} "
-                f"(there are: {', '.join(self.datasets)})"
-            )
+        names = self.datasets if only is None else self._of(only)
         found = []
         for i in range(start, start + count):
             block, place = divmod(i, len(names))

@@ -30,7 +30,8 @@ from typing import Any
 import _bench_common as common
 from _burst_analysis import WITHIN, Rows, jumps, series, split
 from _burst_load import Load
-from _sweep_arms import Arm, Fleet
+from _sweep_arms import Arm
+from _sweep_fleet import Fleet
 from _sweep_prompts import Prompts, load_prompts
 
 from vllm_dspark.calibration.plots import figure
@@ -72,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-spread", type=float, default=0.5, help="as in serve_sweep.py (0.5)")
     add("--max-prompt-tokens", type=int, default=384, help="leave out longer (384)")
     add("--max-model-len", type=int, default=1024, help="context of the server (1024)")
-    add("--kv-gib", type=int, default=1, help="its K/V cache, GiB (1)")
+    add("--kv-gib", type=float, default=1, help="its K/V cache, GiB (1)")
     add("--seed", type=int, default=0, help="of the order of the prompts (0)")
     add("--compiled", action="store_true", help="torch.compile instead of eager")
     add("--analyse", action="store_true", help="only read the log that is in --out")

@@ -53,22 +53,27 @@ import argparse
 import contextlib
 import itertools
 import signal
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import _bench_common as common
-import _sweep_arms as sweep_arms
+import _sweep_fleet as sweep_fleet
 import _sweep_grid as sweep_grid
+import _sweep_plots as sweep_plots
 import _sweep_report as sweep_report
-from _sweep_arms import Arm, Fleet
+import _sweep_summary as sweep_summary
+from _sweep_arms import Arm
 from _sweep_client import Client
+from _sweep_fleet import Fleet
 from _sweep_grid import Point, Results
 from _sweep_options import chosen_arms, parse, settings_of
 from _sweep_progress import Progress
-from _sweep_prompts import Prompts, load_prompts
+from _sweep_prompts import Prompt, Prompts, load_prompts
 
+from vllm_dspark.cli.server import Server
 from vllm_dspark.cli.signals import interrupt
 
 # Cores that an idle server may use before the user is told.
@@ -99,17 +104,18 @@ class Sweep:
         )
         rows = load_prompts(args.prompts, self.client.tokenizer, args.max_prompt_tokens)
         self.prompts = Prompts(rows, args.seed)
-        datasets = args.datasets or self.prompts.datasets
+        datasets = args.datasets or self.prompts.domains
         for dataset in datasets:
             self.prompts.take(0, 1, dataset)  # an unknown one is an error now
         split = itertools.product(args.split_arms, datasets, args.split_datasets)
         self.points = sweep_grid.points(
             list(arms), args.concurrency, args.rounds, list(split), args.one_at_a_time
         )
+        settings["kv_gib_each"] = args.kv_gib or self._kv_gib(rows)
         self.fleet = Fleet(
             args.target,
-            sweep_arms.shared_arguments(args),
-            args.kv_gib,
+            sweep_fleet.shared_arguments(args),
+            settings["kv_gib_each"],
             results.folder / "logs",
         )
         self.left_out: dict[str, str] = {}
@@ -122,6 +128,15 @@ class Sweep:
         folder = self.results.folder / "logs"
         folder.mkdir(exist_ok=True)
         return folder / f"{name}.log"
+
+    def _kv_gib(self, rows: list[Prompt]) -> float:
+        """Cache in which the requests of the largest load find room."""
+        args = self.args
+        clients = max([*args.concurrency, *args.split_datasets])
+        # On average an answer is half done; blocks that are not full are no more.
+        each = statistics.fmean(row.tokens for row in rows) + args.output_tokens
+        tokens = max(args.max_model_len, round(clients * each))
+        return sweep_fleet.kv_gib([args.target, args.drafter], tokens)
 
     # ---- the order of things ----
 
@@ -159,11 +174,11 @@ class Sweep:
             except ValueError as error:
                 self._leave_out(name, str(error))
                 continue
-            size = sweep_arms.own_gib(self.fleet.servers[name])
+            size = sweep_fleet.own_gib(self.fleet.servers[name])
             self.progress.say(f"{name}: ready after {seconds:.0f} s, {size:.1f} GiB")
             if len(self.fleet.servers) == 1:
                 more = len(names) - i - 1
-                sweep_arms.check_memory(size, sweep_arms.available_gib(), more)
+                sweep_fleet.check_memory(size, sweep_fleet.available_gib(), more)
         if not self.fleet.servers and not self.args.one_at_a_time:
             raise ValueError("no server started; the reasons are above")
 
@@ -218,7 +233,7 @@ class Sweep:
         if len(self.fleet.servers) < 2:
             return
         with self.progress.waiting("checking that idle servers are idle"):
-            self.idle = sweep_arms.idle_load(self.fleet.servers)
+            self.idle = sweep_fleet.idle_load(self.fleet.servers)
         for name, cores in self.idle.items():
             if cores > IDLE_CORES:
                 self.progress.say(
@@ -233,12 +248,10 @@ class Sweep:
         prompts = self.prompts.take(point.run * count, count, point.dataset)
         self.progress.now(point)
         try:
-            record = self.client.point(
-                self.fleet.servers[point.arm],
-                prompts,
-                point.concurrency,
-                self.args.output_tokens,
-            )
+            with self._others_halted(point.arm) as server:
+                record = self.client.point(
+                    server, prompts, point.concurrency, self.args.output_tokens
+                )
         except (ValueError, OSError) as error:
             self.results.add_failure(point, str(error))
             self._drop(point.arm, str(error))
@@ -249,6 +262,11 @@ class Sweep:
         self.speeds[point.arm, point.concurrency] = record["output_throughput"]
         self.progress.done(point, record)
         self._write()
+
+    def _others_halted(self, arm: str) -> contextlib.AbstractContextManager[Server]:
+        if self.args.suspend:
+            return self.fleet.alone(arm)
+        return contextlib.nullcontext(self.fleet.servers[arm])
 
     def _drop(self, name: str, why: str) -> None:
         """Leave an arm out if its server has died; a failed request alone does not."""
@@ -277,7 +295,7 @@ class Sweep:
         split = self.results.records(sweep_grid.SPLIT)
         return {
             "settings": self.settings,
-            **sweep_report.summarise(grid, split),
+            **sweep_summary.summarise(grid, split),
             "left_out": self.left_out,
             "idle_cores": self.idle,
             "provenance": self.provenance,
@@ -297,7 +315,7 @@ class Sweep:
         sweep_report.show(result)
         for name, why in self.left_out.items():
             print(f"left out: {name}: {why.splitlines()[0]}")
-        files = sweep_report.draw(result, self.results.folder)
+        files = sweep_plots.draw(result, self.results.folder)
         for file in [self.results.folder / "result.json", *files]:
             print(f"written: {file}")
 

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import _sweep_arms
+import _sweep_fleet
 import serve_sweep
+from _sweep_arms import Arm
 
 from tests.tiny import make_tiny_tokenizer
 from vllm_dspark.cli.server import Server
@@ -42,7 +43,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def server(self: _sweep_arms.Fleet, arm: _sweep_arms.Arm) -> Server:
+    def server(self: _sweep_fleet.Fleet, arm: Arm) -> Server:
         found = Server(self.target, [], self.logs / f"{arm.name}.log")
         found.command = [sys.executable, str(FAKE), str(found.port), *FAKES[arm.name]]
         ports[arm.name] = found.port
@@ -50,15 +51,16 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     ports: dict[str, int] = {}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_sweep_arms.Fleet, "server", server)
-    monkeypatch.setattr(_sweep_arms, "idle_load", lambda servers: {})  # saves seconds
+    monkeypatch.setattr(_sweep_fleet.Fleet, "server", server)
+    monkeypatch.setattr(_sweep_fleet, "idle_load", lambda servers: {})  # saves seconds
 
     def run(*more: str) -> tuple[int, dict[str, Any]]:
         argv = ["serve_sweep.py", "--target", str(tokenizer), "--drafter", "D"]
         argv += ["--prompts", str(file), "--out", "out", "--output-tokens", "9"]
         argv += ["--output-spread", "0"]  # so that these are told from warm-ups
         argv += ["--warmup-tokens", "3", "--rounds-per-client", "2"]
-        argv += ["--min-prompts", "4", "--concurrency", "1", "4", *more]
+        argv += ["--min-prompts", "4", "--concurrency", "1", "4"]
+        argv += ["--kv-gib", "1", *more]
         monkeypatch.setattr(sys, "argv", argv)
         status = serve_sweep.main()
         result = Path("out", "result.json")

@@ -40,7 +40,7 @@ def test_options_that_do_not_go_together(tmp_path: Path, more: list[str], messag
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--arms", "dspark-fixed-9"], "no arm is called 'dspark-fixed-9'"),
+        (["--arms", "dspark-fixed-0"], "no arm is called 'dspark-fixed-0'"),
         (["--arm", "none={}"], "two arms are called 'none'"),
         (["--arms", "none", "--split-datasets", "4"], "--split-arms"),
     ],

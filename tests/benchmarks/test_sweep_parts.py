@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import _sweep_arms as arms
 import _sweep_client as client
+import _sweep_fleet as fleet
 import _sweep_grid as grid
 import pytest
 from _sweep_prompts import Prompt, Prompts
@@ -34,8 +36,21 @@ def test_the_adaptive_arm_has_no_number_of_drafts():
 def test_the_plugin_knows_the_options_of_every_named_arm():
     from vllm_dspark.config import DSparkOptions
 
-    for _, named in arms.DSPARK.values():
-        DSparkOptions.from_dict(named)
+    for options in arms.DSPARK.values():
+        DSparkOptions.from_dict(options)
+
+
+def test_arms_have_short_names_and_peers_may_need_a_model():
+    for name in ("fixed-1", "fixed-3", "fixed-7", "threshold", "no-bypass", "adaptive"):
+        assert arms.named(name, "D") == arms.named(f"dspark-{name}", "D")
+    no_bypass = arms.named("no-bypass", "D").additional_config
+    assert no_bypass == {"dspark": {"policy": "adaptive", "bypass": False}}
+    assert "num_speculative_tokens" not in arms.named("fixed", "D").speculative_config
+    spec = arms.named("eagle3", "D", {"eagle3": "E"}).speculative_config
+    assert spec["model"] == "E" and spec["method"] == "eagle3"
+    with pytest.raises(ValueError, match="--draft-model dflash=FOLDER"):
+        arms.named("dflash", "D")
+    assert "model" not in arms.named("suffix", "D").speculative_config
 
 
 def test_an_arm_of_ones_own():
@@ -60,9 +75,23 @@ def test_bad_arms_are_refused(text: str, message: str):
 
 
 def test_servers_that_do_not_fit_are_not_started():
-    arms.check_memory(2.0, available=8.0, more=4)
+    fleet.check_memory(2.0, available=8.0, more=4)
     with pytest.raises(ValueError, match=r"5 more servers of about 2\.0 GiB"):
-        arms.check_memory(2.0, available=8.0, more=5)
+        fleet.check_memory(2.0, available=8.0, more=5)
+
+
+def test_the_cache_holds_what_the_models_keep_of_each_token(tmp_path: Path):
+    shape = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    for name, layers in (("target", 30), ("drafter", 2)):
+        config = {"text_config": {**shape, "num_hidden_layers": layers}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    folders = [str(tmp_path / name) for name in ("target", "drafter")]
+    # 32 layers of 3 heads of 64 numbers, keys and values, of 2 bytes: 24 KiB a token.
+    assert fleet.kv_gib(folders, 2**15) == pytest.approx(0.94, abs=0.01)
+    (tmp_path / "target" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="give --kv-gib"):
+        fleet.kv_gib(folders, 1)
 
 
 # ---- prompts ----
@@ -87,8 +116,16 @@ def test_one_dataset_alone_is_used_up_before_it_starts_again():
     assert taken[4:] == taken[:4]
 
 
+def test_a_domain_takes_its_datasets_in_turn():
+    found = prompts(gsm8k=4, math500=4, mbpp=4, mine=4)
+    assert found.domains == ["code", "math", "mine"]
+    taken = found.take(0, 6, "math")
+    assert Counter(p.dataset for p in taken) == {"gsm8k": 3, "math500": 3}
+    assert {p.dataset for p in found.take(0, 4, "gsm8k")} == {"gsm8k"}
+
+
 def test_an_unknown_dataset_is_refused():
-    with pytest.raises(ValueError, match="no prompt is of dataset 'c'"):
+    with pytest.raises(ValueError, match="no prompt is of dataset or domain 'c'"):
         prompts(a=1).take(0, 1, "c")
 
 

@@ -1,0 +1,186 @@
+"""The servers of the load sweep's arms: starting, stopping, memory, idleness."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import _bench_common  # noqa: F401  (makes the package importable)
+import psutil
+from _sweep_arms import Arm
+
+from vllm_dspark.cli.server import Server
+from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
+
+_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+def shared_arguments(args: argparse.Namespace) -> list[str]:
+    """Arguments of `vllm serve` that every arm gets."""
+    sequences = args.max_num_seqs or max([*args.concurrency, *args.split_datasets])
+    found = ["--max-model-len", str(args.max_model_len)]
+    found += ["--max-num-seqs", str(sequences)]
+    # Prompts come again in later rounds; they must not skip their prefill then.
+    found += ["--no-enable-prefix-caching"]
+    return found + ([] if args.compiled else ["--enforce-eager"])
+
+
+class Fleet(contextlib.ExitStack):
+    """Running servers by arm; a context manager that stops them all.
+
+    Args:
+        target: model folder.
+        shared: arguments for every server.
+        kv_gib: K/V cache of each, GiB.
+        logs: folder for their logs.
+
+    Raises:
+        ValueError: the environment says another size of the cache.
+    """
+
+    def __init__(
+        self, target: str, shared: Sequence[str], kv_gib: float, logs: Path
+    ) -> None:
+        super().__init__()
+        if _KV_SPACE in os.environ:
+            raise ValueError(
+                f"{_KV_SPACE} is {os.environ[_KV_SPACE]!r} and would overrule --kv-gib"
+                ": unset it"
+            )
+        self.target, self.logs = target, logs
+        bytes_ = round(kv_gib * 2**30)
+        self.shared = [*shared, "--kv-cache-memory-bytes", str(bytes_)]
+        self.environment = {**SERVER_ENVIRONMENT}
+        self.environment.pop(_KV_SPACE, None)  # knows whole GiB only
+        self.servers: dict[str, Server] = {}
+
+    def start(self, arm: Arm, progress: Callable[[float, str], None]) -> float:
+        """Start one server and wait until it is ready; returns seconds.
+
+        One after the other: an adaptive arm may measure what steps cost while it
+        starts, and needs the machine for itself.
+
+        Raises:
+            ValueError: it did not start, with its log's last lines.
+        """
+        server = self.server(arm)
+        with contextlib.ExitStack() as until_ready:
+            until_ready.enter_context(server)
+            seconds = server.wait_ready(progress)
+            self.enter_context(until_ready.pop_all())
+        self.servers[arm.name] = server
+        return seconds
+
+    def server(self, arm: Arm) -> Server:
+        """The server of an arm, not started."""
+        arguments = [*self.shared, *arm.arguments]
+        log = self.logs / f"{arm.name}.log"
+        return Server(self.target, arguments, log, self.environment)
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[Server]:
+        """Halt the processes of all servers but one, and let them go on afterwards."""
+        others = [server for arm, server in self.servers.items() if arm != name]
+        try:
+            for server in others:
+                _signal(server, signal.SIGSTOP)
+            yield self.servers[name]
+        finally:
+            for server in others:
+                _signal(server, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Stop all servers; others may be started afterwards."""
+        self.close()
+        self.servers.clear()
+
+
+def kv_gib(folders: Sequence[str], tokens: int) -> float:
+    """K/V cache that holds a number of tokens, GiB, with a quarter to spare.
+
+    Args:
+        folders: of the models that keep K/V of each token: target and drafter.
+        tokens: of all requests together.
+
+    Raises:
+        ValueError: a model's config.json does not say how large its K/V is.
+    """
+    each = sum(map(_token_bytes, folders))
+    return round(1.25 * tokens * each / 2**30, 2)
+
+
+def _token_bytes(folder: str) -> int:
+    """Bytes of a token's K/V in all layers, at 16 bits a number."""
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        config = config.get("text_config", config)
+        heads = config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        layers = config["num_hidden_layers"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{file} does not say how large the K/V cache must be "
+            f"({type(error).__name__}: {error}); give --kv-gib"
+        ) from None
+    return int(2 * 2 * layers * kv_heads * size)
+
+
+def check_memory(each: float, available: float, more: int) -> None:
+    """Whether further servers fit.
+
+    Args:
+        each: GiB of one.
+        available: GiB that are left.
+        more: how many more shall start.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if more * each > available:
+        raise ValueError(
+            f"{more} more servers of about {each:.1f} GiB each do not fit into the "
+            f"{available:.1f} GiB that are left: name fewer --arms, or use "
+            "--one-at-a-time or a smaller --kv-gib"
+        )
+
+
+def available_gib() -> float:
+    """Memory that can be used without swapping, GiB."""
+    return float(psutil.virtual_memory().available) / 2**30
+
+
+def own_gib(server: Server) -> float:
+    """Memory that a server and its children share with nobody, GiB."""
+    sizes = [process.memory_full_info().uss for process in _family(server)]
+    return float(sum(sizes)) / 2**30
+
+
+def idle_load(servers: Mapping[str, Server], seconds: float = 5.0) -> dict[str, float]:
+    """Cores that each idle server keeps busy; an honest sweep needs about none."""
+
+    def used(server: Server) -> float:
+        return float(sum(sum(p.cpu_times()[:2]) for p in _family(server)))
+
+    time.sleep(1)  # OpenMP threads spin for a moment after their last work
+    before = {name: used(server) for name, server in servers.items()}
+    time.sleep(seconds)
+    return {name: (used(s) - before[name]) / seconds for name, s in servers.items()}
+
+
+def _signal(server: Server, which: signal.Signals) -> None:
+    """Send a signal to a server and its children; one that is gone needs none."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, which)
+
+
+def _family(server: Server) -> list[psutil.Process]:
+    root = psutil.Process(server.pid)
+    return [root, *root.children(recursive=True)]

@@ -51,11 +51,12 @@ KEYS = ("speculative_config", "additional_config")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to serve the target."""
+    """One way to serve the target: a server to start, or one at ``url``."""
 
     name: str
     speculative_config: dict[str, Any] | None = None
     additional_config: dict[str, Any] | None = None
+    url: str | None = None
 
     @property
     def arguments(self) -> list[str]:
@@ -75,7 +76,9 @@ def full_name(name: str) -> str:
     return long if long in DSPARK or _FIXED.fullmatch(long) else name
 
 
-def named(name: str, drafter: str, models: Mapping[str, str] | None = None) -> Arm:
+def named(
+    name: str, drafter: str | None, models: Mapping[str, str] | None = None
+) -> Arm:
     """An arm of `NAMES`, `dspark-` at their beginning optional.
 
     Args:
@@ -90,13 +93,13 @@ def named(name: str, drafter: str, models: Mapping[str, str] | None = None) -> A
     if name == "none":
         return Arm(name)
     if name in PEERS:
-        spec = dict(PEERS[name])
+        own = dict(PEERS[name])
         if model := (models or {}).get(name):
-            spec["model"] = model
+            own["model"] = model
         elif name in WITH_MODEL:
             raise ValueError(f"arm {name!r} needs --draft-model {name}=FOLDER")
-        return Arm(name, spec)
-    spec = {"method": "dspark", "model": drafter}
+        return Arm(name, own)
+    spec: dict[str, Any] = {"method": "dspark", "model": drafter}
     options = DSPARK.get(name)
     if fixed := _FIXED.fullmatch(name):
         spec["num_speculative_tokens"] = int(fixed[1])
@@ -106,7 +109,25 @@ def named(name: str, drafter: str, models: Mapping[str, str] | None = None) -> A
             f"no arm is called {name!r} (known: {', '.join(NAMES)}); define one with "
             "--arm NAME='{\"speculative_config\": {...}}'"
         )
+    if drafter is None:
+        raise ValueError(f"arm {name!r} needs --drafter")
     return Arm(name, spec, {"dspark": options})
+
+
+def running(text: str) -> Arm:
+    """An arm whose server runs already, typed as NAME=URL.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    name, equals, url = text.partition("=")
+    if not equals or not _is_name(name) or not url.startswith(("http://", "https://")):
+        raise ValueError(f"--url is {text!r}; it must be NAME=http://HOST:PORT")
+    return Arm(name, url=url)
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and "/" not in name
 
 
 def custom(text: str) -> Arm:
@@ -117,7 +138,7 @@ def custom(text: str) -> Arm:
     """
     name, equals, raw = text.partition("=")
     form = f"--arm is {text!r}; it must be NAME='{{\"speculative_config\": {{...}}}}'"
-    if not equals or not name or "/" in name:
+    if not equals or not _is_name(name):
         raise ValueError(form)
     try:
         config = json.loads(raw)

@@ -8,14 +8,17 @@ import json
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import _bench_common  # noqa: F401  (makes the package importable)
 import psutil
 from _sweep_arms import Arm
 
-from vllm_dspark.cli.server import Server
+from vllm_dspark.cli.server import Metrics, Server, read_metrics
 from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 
 _KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
@@ -23,12 +26,69 @@ _KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
 def shared_arguments(args: argparse.Namespace) -> list[str]:
     """Arguments of `vllm serve` that every arm gets."""
-    sequences = args.max_num_seqs or max([*args.concurrency, *args.split_datasets])
     found = ["--max-model-len", str(args.max_model_len)]
-    found += ["--max-num-seqs", str(sequences)]
+    found += ["--max-num-seqs", str(args.max_num_seqs)]
     # Prompts come again in later rounds; they must not skip their prefill then.
     found += ["--no-enable-prefix-caching"]
     return found + ([] if args.compiled else ["--enforce-eager"])
+
+
+class Endpoint(Protocol):
+    """A server that is ready, ours or another's."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    def metrics(self) -> Metrics: ...
+    def check_alive(self) -> None: ...
+
+
+class OwnServer(Server):
+    """A server that the sweep starts; ``model`` is its name in requests."""
+
+    def __init__(self, model: str, *rest: Any, **named: Any) -> None:
+        super().__init__(model, *rest, **named)
+        self.model = model
+
+
+class Remote:
+    """A server that runs already; it is left running.
+
+    Args:
+        url: without `/v1`.
+
+    Raises:
+        ValueError: nothing answers there as OpenAI's servers do.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        try:
+            self.model = str(self._models()["data"][0]["id"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{self.url}/v1/models does not name a model "
+                f"({type(error).__name__}: {error})"
+            ) from None
+
+    def _models(self) -> Any:
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=10) as answer:
+            return json.load(answer)
+
+    def check_alive(self) -> None:
+        """Raise a ValueError if it answers no more."""
+        try:
+            self._models()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.url} answers no more ({error})") from None
+
+    def metrics(self) -> Metrics:
+        """As `Server.metrics`; nothing where it has none (it may not be vLLM)."""
+        try:
+            return read_metrics(self.url)
+        except urllib.error.HTTPError:
+            return {}
 
 
 class Fleet(contextlib.ExitStack):
@@ -58,7 +118,7 @@ class Fleet(contextlib.ExitStack):
         self.shared = [*shared, "--kv-cache-memory-bytes", str(bytes_)]
         self.environment = {**SERVER_ENVIRONMENT}
         self.environment.pop(_KV_SPACE, None)  # knows whole GiB only
-        self.servers: dict[str, Server] = {}
+        self.servers: dict[str, Endpoint] = {}
 
     def start(self, arm: Arm, progress: Callable[[float, str], None]) -> float:
         """Start one server and wait until it is ready; returns seconds.
@@ -69,6 +129,9 @@ class Fleet(contextlib.ExitStack):
         Raises:
             ValueError: it did not start, with its log's last lines.
         """
+        if arm.url:
+            self.servers[arm.name] = Remote(arm.url)
+            return 0.0
         server = self.server(arm)
         with contextlib.ExitStack() as until_ready:
             until_ready.enter_context(server)
@@ -77,16 +140,16 @@ class Fleet(contextlib.ExitStack):
         self.servers[arm.name] = server
         return seconds
 
-    def server(self, arm: Arm) -> Server:
+    def server(self, arm: Arm) -> OwnServer:
         """The server of an arm, not started."""
         arguments = [*self.shared, *arm.arguments]
         log = self.logs / f"{arm.name}.log"
-        return Server(self.target, arguments, log, self.environment)
+        return OwnServer(self.target, arguments, log, self.environment)
 
     @contextlib.contextmanager
-    def alone(self, name: str) -> Iterator[Server]:
+    def alone(self, name: str) -> Iterator[Endpoint]:
         """Halt the processes of all servers but one, and let them go on afterwards."""
-        others = [server for arm, server in self.servers.items() if arm != name]
+        others = [server for arm, server in self.own().items() if arm != name]
         try:
             for server in others:
                 _signal(server, signal.SIGSTOP)
@@ -94,6 +157,10 @@ class Fleet(contextlib.ExitStack):
         finally:
             for server in others:
                 _signal(server, signal.SIGCONT)
+
+    def own(self) -> dict[str, OwnServer]:
+        """The servers that were started here."""
+        return {n: s for n, s in self.servers.items() if isinstance(s, OwnServer)}
 
     def stop(self) -> None:
         """Stop all servers; others may be started afterwards."""

@@ -16,17 +16,60 @@ from typing import Any
 from _bench_common import provenance
 
 GRID = "mixed"
+OPEN = "open-loop"
 SPLIT = "by-dataset"
+TOPS = (GRID, OPEN, SPLIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How requests come: one after the other from each client, or by themselves.
+
+    Attributes:
+        clients: of a closed loop; None in the open loop.
+        rate: requests/s of an open loop.
+        burstiness: of their times: 1 is a Poisson process, less comes in bursts.
+        seed: of these times.
+    """
+
+    clients: int | None = None
+    rate: float | None = None
+    burstiness: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement; ``dataset`` is None where all are mixed."""
+    """One measurement.
+
+    Attributes:
+        concurrency: clients of a closed loop, 0 in the open loop.
+        dataset: the only one, or domain; None where all are mixed.
+        rate: requests/s of an open loop.
+    """
 
     arm: str
     concurrency: int
     run: int
     dataset: str | None = None
+    rate: float | None = None
+
+    @property
+    def load(self) -> str:
+        """Names the load among all loads of the sweep."""
+        return str(self.concurrency) if self.rate is None else rate_key(self.rate)
+
+    @property
+    def top(self) -> str:
+        """The folder of its kind of points."""
+        if self.rate is not None:
+            return OPEN
+        return GRID if self.dataset is None else SPLIT
+
+
+def rate_key(rate: float) -> str:
+    """How a rate is written where loads are keys: `2/s`."""
+    return f"{rate:g}/s"
 
 
 def points(
@@ -35,6 +78,7 @@ def points(
     runs: int,
     split: Iterable[tuple[str, str, int]] = (),
     one_at_a_time: bool = False,
+    rates: Sequence[float] = (),
 ) -> list[Point]:
     """Every point, in the order of measuring.
 
@@ -44,12 +88,14 @@ def points(
     Args:
         split: (arm, dataset, concurrency) measured once a run after the grid.
         one_at_a_time: each arm does all its loads of a run before the next arm.
+        rates: requests/s of open loops, after the closed ones.
     """
     found: list[Point] = []
     for run in range(runs):
+        loads = [*((c, None) for c in concurrency), *((0, r) for r in rates)]
         grid = [
-            Point(arm, load, run)
-            for i, load in enumerate(concurrency)
+            Point(arm, clients, run, rate=rate)
+            for i, (clients, rate) in enumerate(loads)
             for arm in _rotated(arms, run + (0 if one_at_a_time else i))
         ]
         grid += [Point(arm, load, run, dataset) for arm, dataset, load in split]
@@ -79,12 +125,15 @@ class Results:
     def file(self, point: Point) -> Path:
         """Where a point's record belongs; vLLM's name for the folder."""
         load = f"max_concurrency={point.concurrency}"
+        if point.rate is not None:
+            load = f"request_rate={point.rate}"
         if point.dataset is not None:
             load += f"-dataset={point.dataset}"
-        top = GRID if point.dataset is None else SPLIT
         # As vLLM's sanitize_filename does.
         name = f"SERVE--arm={point.arm}-BENCH--{load}".replace("/", "_")
-        return self.folder / top / name.replace("..", "__") / f"run={point.run}.json"
+        return (
+            self.folder / point.top / name.replace("..", "__") / f"run={point.run}.json"
+        )
 
     def has(self, point: Point) -> bool:
         return self.file(point).exists()
@@ -94,7 +143,10 @@ class Results:
         file = self.file(point)
         file.parent.mkdir(parents=True, exist_ok=True)
         parameters = {"run_number": point.run, "arm": point.arm}
-        parameters |= {"max_concurrency": point.concurrency}
+        if point.rate is None:
+            parameters |= {"max_concurrency": point.concurrency}
+        else:
+            parameters |= {"request_rate": point.rate}
         parameters |= {"dataset": point.dataset or "mixed"}
         _write(file, {**record, **parameters})
         _write(file.parent / "summary.json", _runs(file.parent))
@@ -110,7 +162,7 @@ class Results:
         return self.file(point).with_suffix(".failure.json")
 
     def records(self, top: str) -> list[dict[str, Any]]:
-        """Every record of the grid (`GRID`) or of single datasets (`SPLIT`)."""
+        """Every record of one kind of points: `GRID`, `OPEN` or `SPLIT`."""
         folders = sorted((self.folder / top).glob("SERVE--*"))
         return [record for folder in folders for record in _runs(folder)]
 

@@ -17,6 +17,7 @@ FULL: dict[str, Any] = {
     "rounds": 3,
     "seconds_per_point": 40.0,
     "min_prompts": 8,
+    "check_texts": 6,
 }
 QUICK: dict[str, Any] = {
     "arms": ["none", "dspark-fixed-3", "dspark-fixed-7", "dspark-adaptive"],
@@ -24,12 +25,20 @@ QUICK: dict[str, Any] = {
     "rounds": 1,
     "seconds_per_point": 15.0,
     "min_prompts": 4,
+    "check_texts": 3,
 }
+# Sequences of a server in the open loop, where nothing else bounds them.
+OPEN_LOOP_SEQUENCES = 64
 # What the figures depend on, besides arms and prompts.
 SETTINGS = (
     "target",
     "drafter",
     "concurrency",
+    "request_rate",
+    "burstiness",
+    "goodput",
+    "vllm_dataset",
+    "mix",
     "output_tokens",
     "output_spread",
     "stop_at_eos",
@@ -59,27 +68,77 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     )
     _what(parser.add_argument_group("what is measured").add_argument)
     _load(parser.add_argument_group("load").add_argument)
+    _texts(parser.add_argument_group("quality gate").add_argument)
     _servers(parser.add_argument_group("servers").add_argument)
     args = parser.parse_args(argv)
-    for key, value in (QUICK if args.quick else FULL).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    _fill_in(args)
     args.concurrency = sorted(set(args.concurrency))
+    args.request_rate = sorted(set(args.request_rate))
+    args.goodput = _goodput(args.goodput)
+    args.mix = _shares(args.mix)
     args.split_arms = [sweep_arms.full_name(name) for name in args.split_arms]
     _check(args)
     return args
 
 
+def _fill_in(args: argparse.Namespace) -> None:
+    """Defaults that depend on what else was typed."""
+    if args.url and args.arms is None:
+        args.arms = []
+    if args.request_rate and args.concurrency is None:
+        args.concurrency = []
+    for key, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.max_num_seqs is None:
+        waiting = [OPEN_LOOP_SEQUENCES] if args.request_rate else []
+        loads = [*args.concurrency, *args.split_datasets, *waiting]
+        args.max_num_seqs = max(loads, default=1)
+
+
+def _goodput(typed: list[str]) -> dict[str, float]:
+    found = {}
+    for text in typed:
+        name, _, value = text.partition(":")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if name not in ("ttft", "tpot", "e2el") or not found[name] > 0:
+            raise ValueError(
+                f"--goodput is {text!r}; it must be ttft:MS, tpot:MS or e2el:MS"
+            )
+    return found
+
+
+def _shares(typed: list[str]) -> dict[str, int]:
+    found = {}
+    for text in typed:
+        name, _, share = text.partition("=")
+        if not name or not share.isdigit() or not int(share):
+            raise ValueError(
+                f"--mix is {text!r}; it must be NAME=SHARE, a whole number"
+            )
+        found[name] = int(share)
+    return found
+
+
 def _what(add: Any) -> None:
     add("--target", required=True, help="model folder")
-    add("--drafter", required=True, help="drafter folder")
-    add("--prompts", type=Path, required=True, help="JSONL: dataset, messages")
+    add("--drafter", help="drafter folder (of the DSpark arms)")
+    add("--prompts", type=Path, help="JSONL: dataset, messages")
+    data = "prompts of vLLM's bench: JSON of its options, dataset_name and others"
+    add("--vllm-dataset", action="append", default=[], metavar="NAME=JSON", help=data)
+    shares = "of math, code, chat or datasets (one of each dataset)"
+    add("--mix", nargs="+", default=[], metavar="NAME=SHARE", help=shares)
     add("--out", type=Path, required=True, help="folder for everything")
     add("--resume", action="store_true", help="continue the sweep that is in --out")
     add("--quick", action="store_true", help="few arms, loads, one round: 10 minutes")
     known = ", ".join(sweep_arms.NAMES)
     add("--arms", nargs="+", help=f"of {known} ({' '.join(sweep_arms.DEFAULT)})")
     add("--arm", action="append", default=[], metavar="NAME=JSON", help="one more arm")
+    taken = "one more arm: a server that runs already (then --arms: none of ours)"
+    add("--url", action="append", default=[], metavar="NAME=URL", help=taken)
     model = "drafter of the arm dflash, eagle3, draft_model or mtp"
     metavar = "ARM=FOLDER"
     add("--draft-model", action="append", default=[], metavar=metavar, help=model)
@@ -88,6 +147,16 @@ def _what(add: Any) -> None:
 
 def _load(add: Any) -> None:
     add("--concurrency", type=int, nargs="+", metavar="C", help="1 2 4 ... 64")
+    rates = "open loop: requests/s (closed loops then only with --concurrency)"
+    add("--request-rate", type=float, nargs="+", default=[], metavar="R", help=rates)
+    bursty = "of the open loop: 1 Poisson (default), less: in bursts, more: even"
+    add("--burstiness", type=float, default=1.0, help=bursty)
+    good = "what a good request keeps: ttft:MS tpot:MS e2el:MS, as vLLM's --goodput"
+    add("--goodput", nargs="+", default=[], metavar="NAME:MS", help=good)
+    level = "service levels to report, tok/s per user (what none keeps, less a fifth)"
+    add("--slo-speed", type=float, nargs="+", metavar="S", help=level)
+    level = "service levels to report, TTFT p99 in ms (none's, and a fifth)"
+    add("--slo-ttft", type=float, nargs="+", metavar="MS", help=level)
     add("--output-tokens", type=int, default=128, help="tokens of an answer (128)")
     spread = "answers have 1 - this to 1 + this of those tokens (0.5)"
     add("--output-spread", type=float, default=0.5, help=spread)
@@ -104,6 +173,13 @@ def _load(add: Any) -> None:
     add("--datasets", nargs="+", help="domains or datasets for that (all domains)")
 
 
+def _texts(add: Any) -> None:
+    same = "greedy answers of each arm compared to none's (6; quick: 3; 0: do not)"
+    add("--check-texts", type=int, metavar="N", help=same)
+    other = "arm whose texts are right (none, or the first arm)"
+    add("--reference", metavar="ARM", help=other)
+
+
 def _servers(add: Any) -> None:
     add("--one-at-a-time", action="store_true", help="one server at a time (memory)")
     add("--suspend", action="store_true", help="halt servers while another is measured")
@@ -115,8 +191,12 @@ def _servers(add: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not args.prompts.is_file():
+    if args.prompts is not None and not args.prompts.is_file():
         raise ValueError(f"--prompts: {args.prompts} is no file")
+    if args.prompts is None and not args.vllm_dataset:
+        raise ValueError("give --prompts FILE or --vllm-dataset")
+    if args.check_texts < 0:
+        raise ValueError(f"--check-texts is {args.check_texts}; 0 or more")
     least_one = ("rounds", "min_prompts", "max_prompt_tokens")
     for key in least_one:
         if getattr(args, key) < 1:
@@ -125,14 +205,16 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, key) < 2:  # of one token there is no time per token
             raise ValueError(f"{_option(key)} is {getattr(args, key)}; at least 2")
     loads = [*args.concurrency, *args.split_datasets]
-    if min(loads) < 1:
+    if min(loads, default=1) < 1:
         raise ValueError(f"a concurrency is {min(loads)}; at least 1")
-    if args.max_num_seqs is not None and args.max_num_seqs < max(loads):
+    if args.request_rate and args.request_rate[0] <= 0:
+        raise ValueError(f"--request-rate {args.request_rate[0]}; it must be above 0")
+    if args.max_num_seqs < max(loads, default=1):
         raise ValueError(
             f"--max-num-seqs is {args.max_num_seqs}, less than the largest "
             f"concurrency, {max(loads)}: requests would wait in the server"
         )
-    for key in ("seconds_per_point", "rounds_per_client", "kv_gib"):
+    for key in ("seconds_per_point", "rounds_per_client", "kv_gib", "burstiness"):
         if (value := getattr(args, key)) is not None and value <= 0:
             raise ValueError(f"{_option(key)} is {value}; it must be above 0")
     if not 0 <= args.output_spread < 1:
@@ -171,6 +253,7 @@ def chosen_arms(args: argparse.Namespace) -> dict[str, Arm]:
     if unused := set(models) - {arm.name for arm in arms}:
         raise ValueError(f"--draft-model {unused.pop()}: there is no such arm")
     arms += [sweep_arms.custom(text) for text in args.arm]
+    arms += [sweep_arms.running(text) for text in args.url]
     names = [arm.name for arm in arms]
     for name in names:
         if names.count(name) > 1:
@@ -181,9 +264,24 @@ def chosen_arms(args: argparse.Namespace) -> dict[str, Arm]:
     return {arm.name: arm for arm in arms}
 
 
+def reference_of(args: argparse.Namespace, arms: dict[str, Arm]) -> str:
+    """The arm whose texts are right.
+
+    Raises:
+        ValueError: the one that was typed is not there.
+    """
+    if args.reference is None:
+        return "none" if "none" in arms else next(iter(arms))
+    if (name := sweep_arms.full_name(args.reference)) not in arms:
+        raise ValueError(f"--reference: {name!r} is not among {', '.join(arms)}")
+    return name
+
+
 def settings_of(args: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Any]:
     """What the figures depend on (not the rounds: --resume may add some)."""
     found = {key: getattr(args, key) for key in SETTINGS}
-    found["prompts_sha256"] = hashlib.sha256(args.prompts.read_bytes()).hexdigest()
+    if args.prompts is not None:
+        content = args.prompts.read_bytes()
+        found["prompts_sha256"] = hashlib.sha256(content).hexdigest()
     found["arms"] = [arm.as_json() for arm in arms.values()]
     return found

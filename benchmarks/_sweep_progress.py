@@ -101,7 +101,8 @@ class Progress:
 
 def _name(point: Point) -> str:
     of = f" {point.dataset}" if point.dataset else ""
-    return f"round {point.run + 1}, C={point.concurrency}, {point.arm}{of}"
+    load = point.load if point.rate is not None else f"C={point.load}"
+    return f"round {point.run + 1}, {load}, {point.arm}{of}"
 
 
 def _duration(seconds: float) -> str:

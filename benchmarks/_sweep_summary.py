@@ -7,10 +7,19 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import _bench_common  # noqa: F401  (makes the package importable)
+import _sweep_slo as slo
+from _sweep_grid import GRID, OPEN, SPLIT, rate_key
+from bench_e2e import DOMAINS
+
 # Our name of a figure and vLLM's key for it in a run's record.
 MEDIANS = {
     "output_throughput": "output_throughput",
+    "request_throughput": "request_throughput",
+    "request_goodput": "request_goodput",
     "tpot_ms": "median_tpot_ms",
+    "tpot_p99_ms": "p99_tpot_ms",
+    "e2e_p99_ms": "p99_e2el_ms",
     "ttft_p50_ms": "median_ttft_ms",
     "ttft_p99_ms": "p99_ttft_ms",
     "tau": "tau",
@@ -19,34 +28,71 @@ MEDIANS = {
     "accepted_length_drafted": "accepted_length_drafted",
     "preemptions": "preemptions",
 }
-Grid = dict[str, dict[int, dict[int, dict[str, Any]]]]
+# Records by arm, load and run.
+Grid = dict[str, dict[float, dict[int, dict[str, Any]]]]
 SUBJECT = "dspark-adaptive"
 BEST = "best other"
 
 
 def summarise(
-    grid: list[dict[str, Any]], split: list[dict[str, Any]]
+    records: dict[str, list[dict[str, Any]]],
+    levels: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
-    """Figures of every arm and load, from the runs' records.
+    """Figures of every arm and load, from the runs' records by kind of point.
 
     A ratio is that of two arms in the same run, then the median over runs.
+
+    Args:
+        levels: service levels to look at, by figure (`_sweep_slo`); its own if None.
     """
-    runs: Grid = {}
-    for record in grid:
-        loads = runs.setdefault(record["arm"], {})
-        at_load = loads.setdefault(record["max_concurrency"], {})
-        at_load[record["run_number"]] = record
-    arms: dict[str, Any] = {}
-    for arm, loads in runs.items():
-        arms[arm] = {}
-        for load in sorted(loads):
-            found = medians(loads[load].values())
-            found["ratio_to_none"] = ratio(runs, arm, "none", load)
-            arms[arm][str(load)] = found
+    grid = records.get(GRID, [])
+    runs = by_load(grid, "max_concurrency")
+    arms = {
+        arm: {
+            str(load): {
+                **medians(loads[load].values()),
+                "ratio_to_none": ratio(runs, arm, "none", load),
+            }
+            for load in sorted(loads)
+        }
+        for arm, loads in runs.items()
+    }
     return {
         "arms": arms,
         "ratios": ratios(runs, arms),
-        "by_dataset": datasets(split),
+        "by_dataset": datasets(records.get(SPLIT, [])),
+        "domains": domains(grid),
+        "open_loop": open_loop(records.get(OPEN, [])),
+        "slo": slo.at_anchors(arms, {**slo.anchors(arms), **(levels or {})}),
+        "matched": slo.matched(arms),
+    }
+
+
+def by_load(records: list[dict[str, Any]], key: str) -> Grid:
+    """Records by arm, load and run."""
+    runs: Grid = {}
+    for record in records:
+        at_load = runs.setdefault(record["arm"], {}).setdefault(record[key], {})
+        at_load[record["run_number"]] = record
+    return runs
+
+
+def open_loop(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians by arm and rate; how much faster than without speculation.
+
+    At a given rate all arms that keep up have the same throughput: what differs is the
+    time per output token, whose ratio is none's to the arm's.
+    """
+    runs = by_load(records, "request_rate")
+    return {
+        arm: {
+            rate_key(rate): {
+                **medians(loads[rate].values()),
+                "speed_to_none": ratio(runs, "none", arm, rate, "median_tpot_ms"),
+            }
+            for rate in sorted(loads)
+        }
+        for arm, loads in runs.items()
     }
 
 
@@ -64,8 +110,14 @@ def medians(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def ratio(runs: Grid, arm: str, other: str, load: int) -> dict[str, Any] | None:
-    """Throughput of one arm to another's, over the runs that both have.
+def ratio(
+    runs: Grid,
+    arm: str,
+    other: str,
+    load: float,
+    key: str = "output_throughput",
+) -> dict[str, Any] | None:
+    """A figure of one arm to another's, over the runs that both have.
 
     A run counts only where one session measured both: after --resume the machine may
     have been another, and the two are no pair.
@@ -74,14 +126,11 @@ def ratio(runs: Grid, arm: str, other: str, load: int) -> dict[str, Any] | None:
     both = [
         run
         for run in sorted(set(mine) & set(theirs))
-        if mine[run].get("session") == theirs[run].get("session")
+        if mine[run].get("session") == theirs[run].get("session") and theirs[run][key]
     ]
     if not both:
         return None
-    each = [
-        mine[run]["output_throughput"] / theirs[run]["output_throughput"]
-        for run in both
-    ]
+    each = [mine[run][key] / theirs[run][key] for run in both]
     return {"median": statistics.median(each), "runs": each}
 
 
@@ -119,4 +168,28 @@ def datasets(split: list[dict[str, Any]]) -> dict[str, Any]:
     for (arm, dataset, load), records in sorted(groups.items()):
         entry = found.setdefault(arm, {}).setdefault(dataset, {})
         entry[str(load)] = medians(records)
+    return found
+
+
+def domains(grid: list[dict[str, Any]]) -> dict[str, Any]:
+    """What requests of each domain had among the others: arm, load, domain.
+
+    ``verify_length``, ``draft_length`` and ``tau`` are per request step, as in
+    `_sweep_client.counted`, from what each request was told at its end.
+    """
+    sums: dict[Any, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for record in grid:
+        for dataset, row in record.get("by_dataset", {}).items():
+            domain = DOMAINS.get(dataset, dataset)
+            into = sums[record["arm"], record["max_concurrency"], domain]
+            for key in ("steps", "drafted", "verified", "accepted"):
+                into[key] += row.get(key, 0)
+    found: dict[str, Any] = {}
+    for (arm, load, domain), row in sorted(sums.items()):
+        if steps := row["steps"]:
+            found.setdefault(arm, {}).setdefault(str(load), {})[domain] = {
+                "verify_length": row["verified"] / steps,
+                "draft_length": row["drafted"] / steps,
+                "tau": 1 + row["accepted"] / steps,
+            }
     return found

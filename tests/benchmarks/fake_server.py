@@ -28,7 +28,11 @@ class Handler(BaseHTTPRequestHandler):
     requests: ClassVar[Path] = Path()
 
     def do_GET(self) -> None:
-        self._send(self._metrics() if self.path == "/metrics" else "")
+        models = json.dumps(
+            {"object": "list", "data": [{"id": "m", "object": "model"}]}
+        )
+        texts = {"/metrics": self._metrics(), "/v1/models": models}
+        self._send(texts.get(self.path, ""))
 
     def _metrics(self) -> str:
         names = ["inter_token_latency_seconds_count", "num_preemptions_total"]
@@ -55,18 +59,28 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        left = asked["max_completion_tokens"]
-        self._event([{"index": 0, "delta": {"content": "w "}}])
-        left -= 1
+        total = asked.get("max_completion_tokens") or asked["max_tokens"]
+        self._words(1)
+        left = total - 1
         while left:
             tokens = min(left, 1 + self.drafts)
-            self._event([{"index": 0, "delta": {"content": "w " * tokens}}])
+            self._words(tokens)
             left -= tokens
             self._count(tokens)
-        total = asked["max_completion_tokens"]
         usage = {"completion_tokens": total, "prompt_tokens": PROMPT_TOKENS}
-        self._event([], usage=usage)
+        fields: dict[str, Any] = {"usage": usage}
+        if asked.get("vllm_xargs", {}).get("dspark_stats"):
+            steps = (total - 1) // (1 + self.drafts)
+            sums = {"drafted": 2 * self.drafts, "verified": self.drafts}
+            sums["accepted"] = self.drafts
+            told = {"rounds": steps} | {k: v * steps for k, v in sums.items()}
+            fields["metrics"] = {"speculative_decoding": {"dspark": told}}
+        self._event([], **fields)
         self.wfile.write(b"data: [DONE]\n\n")
+
+    def _words(self, tokens: int) -> None:
+        delta = {"content": "w " * tokens}
+        self._event([{"index": 0, "delta": delta, "token_ids": [7] * tokens}])
 
     def _count(self, tokens: int) -> None:
         with self.lock:

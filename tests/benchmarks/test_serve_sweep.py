@@ -15,9 +15,9 @@ pytest.importorskip("vllm")
 import _sweep_fleet
 import serve_sweep
 from _sweep_arms import Arm
+from _sweep_measure import Sweep
 
 from tests.tiny import make_tiny_tokenizer
-from vllm_dspark.cli.server import Server
 
 pytestmark = pytest.mark.slow  # vLLM's client takes long to import
 
@@ -43,8 +43,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def server(self: _sweep_fleet.Fleet, arm: Arm) -> Server:
-        found = Server(self.target, [], self.logs / f"{arm.name}.log")
+    def server(self: _sweep_fleet.Fleet, arm: Arm) -> _sweep_fleet.OwnServer:
+        found = _sweep_fleet.OwnServer(self.target, [], self.logs / f"{arm.name}.log")
         found.command = [sys.executable, str(FAKE), str(found.port), *FAKES[arm.name]]
         ports[arm.name] = found.port
         return found
@@ -60,7 +60,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         argv += ["--output-spread", "0"]  # so that these are told from warm-ups
         argv += ["--warmup-tokens", "3", "--rounds-per-client", "2"]
         argv += ["--min-prompts", "4", "--concurrency", "1", "4"]
-        argv += ["--kv-gib", "1", *more]
+        argv += ["--kv-gib", "1", "--check-texts", "1", *more]
         monkeypatch.setattr(sys, "argv", argv)
         status = serve_sweep.main()
         result = Path("out", "result.json")
@@ -74,7 +74,7 @@ def sent(port: int) -> list[dict[str, Any]]:
     """Requests that a server got and that were no warm-up."""
     lines = Path(f"{port}.requests").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row["max_completion_tokens"] == 9]
+    return [row for row in rows if row.get("max_completion_tokens") == 9]
 
 
 BOTH = ("--arms", "none", "dspark-adaptive")
@@ -100,6 +100,11 @@ def test_arms_do_equal_work_and_the_figures_are_the_servers(sweep):
     assert result["arms"]["none"]["4"]["verify_length"] == 0.0
     assert set(result["by_dataset"]["dspark-adaptive"]) == {"math", "code"}
     assert len(row["ratio_to_none"]["runs"]) == 2
+    # What each request was told of itself, the domains served together.
+    told = result["domains"]["dspark-adaptive"]["4"]
+    assert set(told) == {"math", "code"} and "none" not in result["domains"]
+    expected = {"verify_length": 3.0, "draft_length": 6.0, "tau": 4.0}
+    assert told["math"] == told["code"] == expected
     record = json.loads(
         Path(
             "out/mixed/SERVE--arm=none-BENCH--max_concurrency=4/run=1.json"
@@ -108,8 +113,13 @@ def test_arms_do_equal_work_and_the_figures_are_the_servers(sweep):
     assert record["completed"] == 8 and record["total_output_tokens"] == 72
     assert record["by_dataset"]["math"]["requests"] == 4
     assert "generated_texts" not in record
-    for name in ("pareto", "throughput", "lengths"):
+    for name in ("pareto", "throughput", "lengths", "slo", "domains"):
         assert Path("out", f"{name}.png").exists()
+    entry = result["texts"]["arms"]["dspark-adaptive"]
+    assert (entry["passed"], entry["equal"], entry["total"]) == (True, 1, 1)
+    page = Path("out", "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 5 and "<link" not in page
+    assert "1 of 1 equal" in page and 'src="http' not in page
 
 
 def test_a_resumed_sweep_measures_only_what_is_missing(sweep, capsys):
@@ -148,14 +158,14 @@ def test_one_at_a_time(sweep):
 
 
 def test_an_interrupted_sweep_reports_what_it_has(sweep, monkeypatch, capsys):
-    measure = serve_sweep.Sweep._measure
+    measure = Sweep._measure
 
-    def stop_after_two(self: serve_sweep.Sweep, point: Any) -> None:
+    def stop_after_two(self: Sweep, point: Any) -> None:
         if len(self.results.records("mixed")) == 2:
             raise KeyboardInterrupt
         measure(self, point)
 
-    monkeypatch.setattr(serve_sweep.Sweep, "_measure", stop_after_two)
+    monkeypatch.setattr(Sweep, "_measure", stop_after_two)
     status, result = sweep(*BOTH, "--rounds", "1")
     assert status == 0 and "--resume continues" in capsys.readouterr().out
     assert {arm: list(a) for arm, a in result["arms"].items()} == {

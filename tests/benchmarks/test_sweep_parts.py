@@ -10,8 +10,12 @@ import _sweep_arms as arms
 import _sweep_client as client
 import _sweep_fleet as fleet
 import _sweep_grid as grid
+import _sweep_texts as texts
 import pytest
 from _sweep_prompts import Prompt, Prompts
+
+from vllm_dspark.cli.arms import Answer
+from vllm_dspark.cli.near_tie import Difference
 
 
 def prompts(**sizes: int) -> Prompts:
@@ -124,6 +128,21 @@ def test_a_domain_takes_its_datasets_in_turn():
     assert {p.dataset for p in found.take(0, 4, "gsm8k")} == {"gsm8k"}
 
 
+def test_shares_hold_in_every_block_and_no_prompt_comes_twice_before_its_turn():
+    found = prompts(gsm8k=6, math500=6, mbpp=9, mine=4)
+    rows = [row for rows in found._datasets.values() for row in rows]
+    mixed = Prompts(rows, 0, {"math": 3, "mbpp": 1})
+    for start in (0, 4, 40):
+        taken = mixed.take(start, 4)
+        assert Counter(p.domain for p in taken) == {"math": 3, "code": 1}
+    taken = [p for p in mixed.take(0, 16) if p.domain == "math"]
+    assert len({(p.dataset, p.number) for p in taken}) == 12
+    assert Counter(p.dataset for p in taken) == {"gsm8k": 6, "math500": 6}
+    assert mixed.domains == ["code", "math"]
+    with pytest.raises(ValueError, match="no prompt is of dataset or domain 'chat'"):
+        Prompts(rows, 0, {"chat": 1})
+
+
 def test_an_unknown_dataset_is_refused():
     with pytest.raises(ValueError, match="no prompt is of dataset or domain 'c'"):
         prompts(a=1).take(0, 1, "c")
@@ -161,3 +180,20 @@ def test_answers_differ_in_length_but_not_on_average() -> None:
     assert sum(lengths) / 64 == pytest.approx(128, rel=0.02)
     assert len(set(lengths[:8])) == 8
     assert {client.answer_tokens(128, 0.0, i) for i in range(64)} == {128}
+
+
+# ---- texts ----
+
+
+def difference(gap: float, ranks: tuple[int, int] = (0, 1)) -> Difference:
+    return Difference("math-1", 4, (5, 6), ("a", "b"), gap, gap, ranks)
+
+
+def test_a_first_difference_must_be_a_near_tie_of_the_two_best():
+    answers = {f"math-{i}": Answer("", [], [], []) for i in range(3)}
+    assert texts.verdict(answers, [])["verdict"] == "3 of 3 equal, token for token"
+    near = texts.verdict(answers, [difference(0.1)])
+    assert near["passed"] and near["equal"] == 2 and "near-tie" in near["verdict"]
+    for wrong in (difference(0.1, (0, 2)), difference(0.5)):
+        found = texts.verdict(answers, [difference(0.1), wrong])
+        assert not found["passed"] and "DIFFERS at token 4" in found["verdict"]

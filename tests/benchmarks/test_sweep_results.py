@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-import _sweep_client as client
+import _sweep_counts as counts
 import _sweep_grid as grid
 import _sweep_plots as plots
+import _sweep_prompts as sweep_prompts
 import _sweep_report as report
+import _sweep_slo as slo
 import _sweep_summary as summary
 import pytest
+
+from tests.tiny import make_tiny_tokenizer
 
 # ---- files ----
 
@@ -112,6 +117,24 @@ def test_a_failed_point_is_no_result_and_is_tried_again(tmp_path: Path):
     assert not list(tmp_path.rglob("*.failure.json"))
 
 
+def test_prompts_of_vllms_own_datasets(tmp_path: Path):
+    pytest.importorskip("vllm")
+    from vllm.tokenizers import get_tokenizer
+
+    tokenizer = get_tokenizer(str(make_tiny_tokenizer(tmp_path)))
+    options = {"dataset_name": "random", "random_input_len": 6, "num_prompts": 3}
+    text = f"noise={json.dumps(options)}"
+    found = sweep_prompts.vllm_prompts(text, tokenizer, 1000, seed=0)
+    assert len(found) == 3 and {p.dataset for p in found} == {"noise"}
+    assert found == sweep_prompts.vllm_prompts(text, tokenizer, 1000, seed=0)
+    assert all(p.messages[0]["content"] and p.tokens >= 6 for p in found)
+    with pytest.raises(ValueError, match="at most 2 tokens"):
+        sweep_prompts.vllm_prompts(text, tokenizer, 2, seed=0)
+    for wrong in ('{"dataset_name": "nothing"}', '{"no_such_option": 1}', "[]", "{"):
+        with pytest.raises(ValueError, match="--vllm-dataset"):
+            sweep_prompts.vllm_prompts(f"x={wrong}", tokenizer, 1000, seed=0)
+
+
 # ---- figures ----
 
 
@@ -123,7 +146,9 @@ def test_ratios_are_of_the_same_run_and_the_best_other_is_chosen_by_load(
     speeds |= {(adaptive, 1, run): s for run, s in enumerate((20.0, 20.0, 60.0))}
     speeds |= {("fixed", 1, 0): 15.0, ("fixed", 8, 0): 90.0}
     speeds |= {("none", 8, 0): 100.0, (adaptive, 8, 0): 99.0}
-    found = summary.summarise(fabricate(tmp_path, speeds).records(grid.GRID), [])
+    found = summary.summarise(
+        {grid.GRID: fabricate(tmp_path, speeds).records(grid.GRID)}
+    )
     row = found["arms"][adaptive]["1"]
     # The ratio of the medians would be 1.0.
     assert row["ratio_to_none"] == {"median": 1.5, "runs": [2.0, 1.0, 1.5]}
@@ -142,7 +167,8 @@ def test_a_round_measured_in_two_sessions_gives_no_ratio(tmp_path: Path):
     results = fabricate(tmp_path, {("none", 1, 1): 10.0, ("x", 1, 1): 30.0})
     for arm, session in (("none", "before"), ("x", "after")):
         results.add(grid.Point(arm, 1, 0), {**RECORD, "session": session})
-    found = summary.summarise(results.records(grid.GRID), [])["arms"]["x"]["1"]
+    found = summary.summarise({grid.GRID: results.records(grid.GRID)})
+    found = found["arms"]["x"]["1"]
     assert found["ratio_to_none"]["runs"] == [3.0] and found["runs"] == 2
 
 
@@ -150,7 +176,7 @@ def test_tables_and_figures_bear_arms_with_gaps(tmp_path: Path, capsys):
     pytest.importorskip("matplotlib")
     results = fabricate(tmp_path, {("a", 1, 0): 3.0, ("b", 8, 0): 4.0})
     results.add(grid.Point("a", 8, 0, "math"), RECORD)
-    found = summary.summarise(results.records(grid.GRID), results.records(grid.SPLIT))
+    found = summary.summarise({top: results.records(top) for top in grid.TOPS})
     report.show(found)
     assert "math" in capsys.readouterr().out
     for file in plots.draw(found, tmp_path):
@@ -163,11 +189,11 @@ def sample(name: str, value: float, **labels: str) -> tuple[object, float]:
 
 def test_lengths_are_per_request_step_with_steps_that_had_no_drafts():
     name = "vllm:spec_decode_num_{}_total".format
-    before = dict([sample(client._REQUEST_STEPS, 100, engine="0")])
+    before = dict([sample(counts._REQUEST_STEPS, 100, engine="0")])
     after = dict(
         [
-            sample(client._REQUEST_STEPS, 150, engine="0"),
-            sample(client._STEPS, 10),
+            sample(counts._REQUEST_STEPS, 150, engine="0"),
+            sample(counts._STEPS, 10),
             sample(name("drafts"), 20),
             sample(name("draft_tokens"), 60),
             sample(name("accepted_tokens"), 30),
@@ -177,7 +203,7 @@ def test_lengths_are_per_request_step_with_steps_that_had_no_drafts():
             sample("vllm:dspark_length_created", 1e9),
         ]
     )
-    found = client.counted(before, after, emitted=80)
+    found = counts.counted(before, after, emitted=80)
     assert found["tau"] == 1.6 and found["verify_length"] == 1.2
     assert found["draft_length"] == 2.0
     assert found["accepted_length_drafted"] == 2.5  # of the 20 steps with drafts
@@ -188,5 +214,39 @@ def test_lengths_are_per_request_step_with_steps_that_had_no_drafts():
 
 
 def test_without_counters_lengths_are_unknown_not_zero():
-    found = client.counted({}, {}, emitted=80)
+    found = counts.counted({}, {}, emitted=80)
     assert found["tau"] is None and found["draft_length"] is None
+
+
+# ---- service levels ----
+
+
+def curve(*places: tuple[float, float]) -> dict[str, dict[str, float]]:
+    """An arm's loads 1, 2, ...: throughput, and tok/s per user."""
+    return {
+        str(i + 1): {"output_throughput": t, "tok_s_per_user": s, "ttft_p99_ms": 10 * t}
+        for i, (t, s) in enumerate(places)
+    }
+
+
+def test_capacity_at_a_service_level_is_read_off_the_curve():
+    places = slo.places(curve((10, 10), (30, 8), (40, 4)), "tok_s_per_user")
+    assert slo.capacity(places, 10, at_least=True) == 10
+    assert slo.capacity(places, 9, at_least=True) == 20  # half way
+    assert slo.capacity(places, 1, at_least=True) == 40
+    assert slo.capacity(places, 11, at_least=True) is None
+    # Throughput that falls with more load is not what is carried.
+    folded = slo.places(curve((10, 10), (30, 8), (20, 4)), "tok_s_per_user")
+    assert slo.capacity(folded, 4, at_least=True) == 30
+    waits = slo.places(curve((10, 10), (30, 8)), "ttft_p99_ms")
+    assert slo.capacity(waits, 200, at_least=False) == 20
+
+
+def test_speed_at_matched_throughput():
+    arms = {"none": curve((10, 10), (30, 5)), "x": curve((20, 20), (25, 10))}
+    found = slo.matched(arms)
+    assert found["none"] == {"10": 1.0, "30": 1.0}
+    assert found["x"] == {"10": 2.0}  # 30 it does not carry
+    assert slo.at_anchors(arms, {"tok_s_per_user": [8]}) == {
+        "tok_s_per_user": {"8": {"none": 18.0, "x": 25}}
+    }

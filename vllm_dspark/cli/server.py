@@ -181,17 +181,7 @@ class Server:
 
     def metrics(self) -> Metrics:
         """Every sample of ``/metrics``: (name, sorted labels) to value."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        # The last step's statistics arrive a moment after its last token.
-        time.sleep(0.3)
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        return {
-            (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        return read_metrics(self.url)
 
     def wait(self) -> int:
         """Block until the process ends (for a server that is left running)."""
@@ -211,6 +201,21 @@ class Server:
                     continue
         with contextlib.suppress(ProcessLookupError):  # no worker outlived it
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def read_metrics(url: str) -> Metrics:
+    """Every sample of a server's ``/metrics``: (name, sorted labels) to value."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    # The last step's statistics arrive a moment after its last token.
+    time.sleep(0.3)
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def speculative_arguments(config: Mapping[str, Any] | None) -> list[str]:

@@ -99,20 +99,12 @@ class Fleet(contextlib.ExitStack):
         shared: arguments for every server.
         kv_gib: K/V cache of each, GiB.
         logs: folder for their logs.
-
-    Raises:
-        ValueError: the environment says another size of the cache.
     """
 
     def __init__(
         self, target: str, shared: Sequence[str], kv_gib: float, logs: Path
     ) -> None:
         super().__init__()
-        if _KV_SPACE in os.environ:
-            raise ValueError(
-                f"{_KV_SPACE} is {os.environ[_KV_SPACE]!r} and would overrule --kv-gib"
-                ": unset it"
-            )
         self.target, self.logs = target, logs
         bytes_ = round(kv_gib * 2**30)
         self.shared = [*shared, "--kv-cache-memory-bytes", str(bytes_)]
@@ -141,7 +133,16 @@ class Fleet(contextlib.ExitStack):
         return seconds
 
     def server(self, arm: Arm) -> OwnServer:
-        """The server of an arm, not started."""
+        """The server of an arm, not started.
+
+        Raises:
+            ValueError: the environment says another size of the K/V cache.
+        """
+        if _KV_SPACE in os.environ:
+            raise ValueError(
+                f"{_KV_SPACE} is {os.environ[_KV_SPACE]!r} and would overrule --kv-gib"
+                ": unset it"
+            )
         arguments = [*self.shared, *arm.arguments]
         log = self.logs / f"{arm.name}.log"
         return OwnServer(self.target, arguments, log, self.environment)
@@ -187,7 +188,8 @@ def _token_bytes(folder: str) -> int:
     file = Path(folder) / "config.json"
     try:
         config = json.loads(file.read_text())
-        config = config.get("text_config", config)
+        for part in ("text_config", "transformer_layer_config"):
+            config = config.get(part, config)
         heads = config["num_attention_heads"]
         size = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads

@@ -34,6 +34,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         "matched.png": _panels(
             ("speed per user to none's", _numbers(result["matched"])),
             over="output tok/s",
+            loads=False,
         ),
         "domains.png": _domains(result["domains"]),
         "open_loop.png": _open_loop(result),
@@ -113,8 +114,15 @@ def _pareto(arms: dict[str, Any], file: Path) -> Path:
     return file
 
 
-def _panels(*panels: tuple[str, Lines], over: str = "concurrent requests") -> Panels:
-    """One panel per figure, one line per arm, the load on a logarithmic axis."""
+def _panels(
+    *panels: tuple[str, Lines], over: str = "concurrent requests", loads: bool = True
+) -> Panels:
+    """One panel per figure, one line per arm.
+
+    Args:
+        over: names the horizontal axis.
+        loads: whether that is of the measured loads, logarithmic.
+    """
 
     def make(file: Path) -> Path | None:
         xs = sorted({x for _, lines in panels for line in lines.values() for x in line})
@@ -125,7 +133,8 @@ def _panels(*panels: tuple[str, Lines], over: str = "concurrent requests") -> Pa
         for axis, (label, lines) in zip(drawn, panels, strict=True):
             for arm, line in lines.items():
                 axis.plot([*line], [*line.values()], marker="o", ms=3, label=arm)
-            _load_axis(axis, xs)
+            if loads:
+                _load_axis(axis, xs)
             axis.set(xlabel=over, ylabel=label)
         _legend(legend, drawn[0])
         drawing.savefig(file, dpi=140)
@@ -134,10 +143,10 @@ def _panels(*panels: tuple[str, Lines], over: str = "concurrent requests") -> Pa
     return make
 
 
-def _load_axis(axis: Any, loads: list[float]) -> None:
+def _load_axis(axis: Any, xs: list[float]) -> None:
     """A logarithmic axis with the measured loads for ticks, in plain figures."""
     axis.set_xscale("log", base=2)
-    axis.set_xticks(loads, [f"{load:g}" for load in loads])
+    axis.set_xticks(xs, [f"{x:g}" for x in xs])
     axis.minorticks_off()
 
 

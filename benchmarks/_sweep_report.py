@@ -65,6 +65,7 @@ def _show_ratios(ratios: dict[str, Any], loads: list[int]) -> None:
 
 def _show_domains(found: dict[str, Any]) -> None:
     """Drafts verified for each domain while all were served together."""
+    found = {SUBJECT: found[SUBJECT]} if SUBJECT in found else found
     names = sorted({d for a in found.values() for by in a.values() for d in by})
     rows = [
         [load, arm, *(_domain(by_domain.get(name)) for name in names)]

@@ -69,9 +69,9 @@ def summarise(
 
 
 def by_load(records: list[dict[str, Any]], key: str) -> Grid:
-    """Records by arm, load and run."""
+    """Records by arm, load and run; no speculation comes first."""
     runs: Grid = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record["arm"] != slo.BASE):
         at_load = runs.setdefault(record["arm"], {}).setdefault(record[key], {})
         at_load[record["run_number"]] = record
     return runs

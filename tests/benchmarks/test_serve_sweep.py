@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,14 @@ import pytest
 pytest.importorskip("vllm")
 
 import _sweep_fleet
+import psutil
 import serve_sweep
 from _sweep_arms import Arm
+from _sweep_client import Client
 from _sweep_measure import Sweep
 
 from tests.tiny import make_tiny_tokenizer
+from vllm_dspark.cli.server import free_port
 
 pytestmark = pytest.mark.slow  # vLLM's client takes long to import
 
@@ -54,12 +61,15 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(_sweep_fleet.Fleet, "server", server)
     monkeypatch.setattr(_sweep_fleet, "idle_load", lambda servers: {})  # saves seconds
 
-    def run(*more: str) -> tuple[int, dict[str, Any]]:
+    def run(
+        *more: str, concurrency: Sequence[str] = ("1", "4")
+    ) -> tuple[int, dict[str, Any]]:
         argv = ["serve_sweep.py", "--target", str(tokenizer), "--drafter", "D"]
         argv += ["--prompts", str(file), "--out", "out", "--output-tokens", "9"]
         argv += ["--output-spread", "0"]  # so that these are told from warm-ups
         argv += ["--warmup-tokens", "3", "--rounds-per-client", "2"]
-        argv += ["--min-prompts", "4", "--concurrency", "1", "4"]
+        argv += ["--min-prompts", "4", "--seconds-per-point", "2"]
+        argv += ["--concurrency", *concurrency] if concurrency else []
         argv += ["--kv-gib", "1", "--check-texts", "1", *more]
         monkeypatch.setattr(sys, "argv", argv)
         status = serve_sweep.main()
@@ -80,8 +90,19 @@ def sent(port: int) -> list[dict[str, Any]]:
 BOTH = ("--arms", "none", "dspark-adaptive")
 
 
-def test_arms_do_equal_work_and_the_figures_are_the_servers(sweep):
-    status, result = sweep(*BOTH, "--rounds", "2", "--split-datasets", "4")
+def test_arms_do_equal_work_and_the_figures_are_the_servers(sweep, monkeypatch):
+    point, halted = Client.point, []
+
+    def watched(self: Client, server: Any, prompts: Any, load: Any, tokens: int) -> Any:
+        if tokens == 9:
+            states = Counter(p.status() for p in psutil.Process().children())
+            halted.append(states[psutil.STATUS_STOPPED])
+        return point(self, server, prompts, load, tokens)
+
+    monkeypatch.setattr(Client, "point", watched)
+    more = ("--rounds", "2", "--split-datasets", "4", "--suspend")
+    status, result = sweep(*BOTH, *more)
+    assert set(halted) == {1}  # of two servers, and only while one is measured
     assert status == 0 and result["left_out"] == {}
     plain, adaptive = (
         [row["messages"] for row in sent(sweep.ports[arm])] for arm in BOTH[1:]
@@ -146,6 +167,39 @@ def test_arms_that_do_not_start_or_die_are_left_out(sweep):
     assert set(result["arms"]["none"]) == {"1", "4"}
     assert set(result["arms"]["dying"]) == {"1"}  # what it did before counts
     assert list(Path("out").rglob("*.failure.json"))
+
+
+def test_a_running_server_in_an_open_loop(sweep, tmp_path):
+    port = free_port()
+    command = [sys.executable, str(FAKE), str(port), "3"]
+    with subprocess.Popen(command, cwd=tmp_path) as server:
+        wait_until_it_answers(port)
+        more = ["--url", f"theirs=http://127.0.0.1:{port}/v1", "--request-rate", "20"]
+        status, result = sweep(
+            *more, "--rounds", "1", "--goodput", "e2el:60000", concurrency=()
+        )
+        assert server.poll() is None  # it is not ours to stop
+        server.terminate()
+    assert status == 0 and result["left_out"] == {} and result["arms"] == {}
+    row = result["open_loop"]["theirs"]["20/s"]
+    assert row["num_prompts"] == 40 and row["verify_length"] == 3.0
+    # Forty requests at twenty a second, all of them good.
+    assert row["request_goodput"] == row["request_throughput"] > 0
+    assert sent(port)[0]["model"] == "m"
+    folder = "open-loop/SERVE--arm=theirs-BENCH--request_rate=20.0"
+    record = json.loads(Path("out", folder, "run=0.json").read_text())
+    assert record["request_rate"] == 20.0 and record["duration"] > 1.5
+    assert Path("out/open_loop.png").exists() and Path("out/report.html").exists()
+
+
+def wait_until_it_answers(port: int) -> None:
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the fake server does not answer")
 
 
 def test_one_at_a_time(sweep):

@@ -61,26 +61,36 @@ def test_vllms_plot_commands_read_the_results(tmp_path: Path, capsys):
     }
     results = fabricate(tmp_path, speeds)
     results.add(grid.Point("x", 8, 0, "math"), RECORD)
-    folder = tmp_path / grid.GRID
-    plot.plot(
-        folder,
-        tmp_path / "figures",
-        [],
-        ["arm"],
-        ["max_concurrency"],
-        [],
-        var_x="max_concurrency",
-        var_y="output_throughput",
-        filter_by=plot.PlotFilters(),
-        bin_by=plot.PlotBinners(),
-        scale_x=None,
-        scale_y=None,
-        dry_run=True,  # drawing needs seaborn
-    )
-    assert "Grid: 2 rows x 2 cols" in capsys.readouterr().out
+    for rate in (0.5, 2.0):
+        results.add(grid.Point("x", 0, 0, rate=rate), RECORD)
+    for top, variable, columns in (
+        (grid.GRID, "max_concurrency", 2),
+        (grid.OPEN, "request_rate", 2),
+    ):
+        folder = tmp_path / top
+        plot.plot(
+            folder,
+            tmp_path / "figures",
+            [],
+            ["arm"],
+            [variable],
+            [],
+            var_x=variable,
+            var_y="output_throughput",
+            filter_by=plot.PlotFilters(),
+            bin_by=plot.PlotBinners(),
+            scale_x=None,
+            scale_y=None,
+            dry_run=True,  # drawing needs seaborn
+        )
+        arms = 2 if top == grid.GRID else 1
+        assert f"Grid: {arms} rows x {columns} cols" in capsys.readouterr().out
+        plot_pareto.plot_pareto(folder, variable, None, ["arm"], dry_run=True)
+        told = capsys.readouterr().out
+        assert "BEGIN FIGURE" in told and "Skipped" not in told
     records = [
         record
-        for file in folder.rglob("summary.json")
+        for file in (tmp_path / grid.GRID).rglob("summary.json")
         for record in plot._json_load_bytes(file)
     ]
     prepared, skipped = plot_pareto._prepare_records(

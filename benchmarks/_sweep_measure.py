@@ -65,7 +65,7 @@ class Sweep:
             settings["kv_gib_each"],
             results.folder / "logs",
         )
-        self.texts = Texts(results.folder)
+        self.texts = Texts(results.folder, args.resume)
         self.left_out: dict[str, str] = {}
         self.idle: dict[str, float] = {}
         # Output tokens/s by arm and load.

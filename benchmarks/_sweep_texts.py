@@ -32,10 +32,13 @@ class Texts:
 
     Args:
         folder: of the sweep.
+        resume: whether what is in the folder belongs to this sweep.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume: bool) -> None:
         self._file = folder / "texts.json"
+        if not resume:
+            self._file.unlink(missing_ok=True)
         raw = json.loads(self._file.read_text()) if self._file.exists() else {}
         self.answers: dict[str, dict[str, Answer]] = {
             arm: {name: Answer(**row) for name, row in by_name.items()}

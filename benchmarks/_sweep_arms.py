@@ -77,7 +77,10 @@ def full_name(name: str) -> str:
 
 
 def named(
-    name: str, drafter: str | None, models: Mapping[str, str] | None = None
+    name: str,
+    drafter: str | None,
+    models: Mapping[str, str] | None = None,
+    tokens: Mapping[str, int] | None = None,
 ) -> Arm:
     """An arm of `NAMES`, `dspark-` at their beginning optional.
 
@@ -85,6 +88,7 @@ def named(
         drafter: model folder of the DSpark arms.
         models: model folder of arms that are `WITH_MODEL` (and of `mtp`, where the
             heads are not in the target's own folder).
+        tokens: drafts of vLLM's own methods, where not as in `PEERS`.
 
     Raises:
         ValueError: there is none of that name, or its model is not given.
@@ -98,6 +102,8 @@ def named(
             own["model"] = model
         elif name in WITH_MODEL:
             raise ValueError(f"arm {name!r} needs --draft-model {name}=FOLDER")
+        if count := (tokens or {}).get(name):
+            own["num_speculative_tokens"] = count
         return Arm(name, own)
     spec: dict[str, Any] = {"method": "dspark", "model": drafter}
     options = DSPARK.get(name)

@@ -126,6 +126,8 @@ class Sweep:
         self._warm_up()
         self._ask_texts()
         self._choose_counts()
+        if "num_prompts" not in self.settings:
+            return  # no server got through its warm-up
         self._check_idle()
         coming = [p for p in self.points if not self.results.has(p)]
         self.progress.begin(p for p in coming if p.arm not in self.left_out)

@@ -75,7 +75,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     args.concurrency = sorted(set(args.concurrency))
     args.request_rate = sorted(set(args.request_rate))
     args.goodput = _goodput(args.goodput)
-    args.mix = _shares(args.mix)
+    args.mix = _counts(args.mix, "--mix")
     args.split_arms = [sweep_arms.full_name(name) for name in args.split_arms]
     _check(args)
     return args
@@ -111,15 +111,14 @@ def _goodput(typed: list[str]) -> dict[str, float]:
     return found
 
 
-def _shares(typed: list[str]) -> dict[str, int]:
+def _counts(typed: list[str], option: str = "--draft-tokens") -> dict[str, int]:
+    """NAME=NUMBER of an option that is given several."""
     found = {}
     for text in typed:
-        name, _, share = text.partition("=")
-        if not name or not share.isdigit() or not int(share):
-            raise ValueError(
-                f"--mix is {text!r}; it must be NAME=SHARE, a whole number"
-            )
-        found[name] = int(share)
+        name, _, count = text.partition("=")
+        if not name or not count.isdigit() or not int(count):
+            raise ValueError(f"{option} is {text!r}; it must be NAME=N, N at least 1")
+        found[name] = int(count)
     return found
 
 
@@ -142,6 +141,9 @@ def _what(add: Any) -> None:
     model = "drafter of the arm dflash, eagle3, draft_model or mtp"
     metavar = "ARM=FOLDER"
     add("--draft-model", action="append", default=[], metavar=metavar, help=model)
+    drafts = "drafts of vLLM's own methods (dflash has no default)"
+    metavar = "ARM=N"
+    add("--draft-tokens", nargs="+", default=[], metavar=metavar, help=drafts)
     add("--rounds", type=int, help="times the whole grid is measured (3; quick: 1)")
 
 
@@ -248,10 +250,13 @@ def chosen_arms(args: argparse.Namespace) -> dict[str, Arm]:
     Raises:
         ValueError: an unknown or repeated name, or a split arm that is not there.
     """
-    models = _draft_models(args.draft_model)
-    arms = [sweep_arms.named(name, args.drafter, models) for name in args.arms]
-    if unused := set(models) - {arm.name for arm in arms}:
-        raise ValueError(f"--draft-model {unused.pop()}: there is no such arm")
+    models, tokens = _draft_models(args.draft_model), _counts(args.draft_tokens)
+    arms = [sweep_arms.named(name, args.drafter, models, tokens) for name in args.arms]
+    if unused := (set(models) | set(tokens)) - {arm.name for arm in arms}:
+        name = unused.pop()
+        raise ValueError(
+            f"--draft-model or --draft-tokens {name}: there is no such arm"
+        )
     arms += [sweep_arms.custom(text) for text in args.arm]
     arms += [sweep_arms.running(text) for text in args.url]
     names = [arm.name for arm in arms]

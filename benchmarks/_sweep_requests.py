@@ -16,7 +16,7 @@ BACKEND = "openai-chat-dspark"
 ASK = {"vllm_xargs": {"dspark_stats": True}}
 Counts = dict[str, float]
 # Longer than the last events of a stream.
-_TAIL = 8192
+_TAIL = 4096
 
 
 class RequestCounts:

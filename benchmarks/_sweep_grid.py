@@ -203,26 +203,6 @@ class Results:
         _write(self.folder / name, content)
 
 
-def num_prompts(concurrency: int, per_client: float, least: int) -> int:
-    """Prompts of a point: whole waves of all clients, at least two and ``least``."""
-    waves = max(2, round(per_client), -(-least // concurrency))
-    return waves * concurrency
-
-
-def estimated_counts(
-    rates: dict[int, float], seconds: float, least: int
-) -> dict[int, int]:
-    """Prompts at each load for points of about ``seconds``.
-
-    Args:
-        rates: requests/s at each load, of the slowest arm: one number for all arms.
-    """
-    return {
-        load: num_prompts(load, rate * seconds / load, least)
-        for load, rate in rates.items()
-    }
-
-
 def _runs(folder: Path) -> list[dict[str, Any]]:
     """A folder's records, in the order of the runs."""
     numbers = sorted(

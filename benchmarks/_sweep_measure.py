@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import _bench_common as common
+import _sweep_amounts as sweep_amounts
 import _sweep_fleet as sweep_fleet
 import _sweep_grid as sweep_grid
 import _sweep_prompts as sweep_prompts
@@ -191,24 +192,7 @@ class Sweep:
         """Fix the number of prompts at each load, once for the whole sweep."""
         if "num_prompts" in self.settings or not self.speeds:
             return
-        args = self.args
-        loads = sorted({*args.concurrency, *args.split_datasets})
-        if args.rounds_per_client is not None:
-            per_client = args.rounds_per_client
-            counts = {
-                c: sweep_grid.num_prompts(c, per_client, args.min_prompts)
-                for c in loads
-            }
-        else:
-            rates = {c: self._slowest(c) / args.output_tokens for c in loads}
-            counts = sweep_grid.estimated_counts(
-                rates, args.seconds_per_point, args.min_prompts
-            )
-        found = {str(c): n for c, n in counts.items()}
-        for rate in args.request_rate:
-            arrivals = round(rate * args.seconds_per_point)
-            found[sweep_grid.rate_key(rate)] = max(args.min_prompts, arrivals)
-        self.settings["num_prompts"] = found
+        self.settings["num_prompts"] = sweep_amounts.choose(self.args, self._slowest)
         self.results.keep_counts(self.settings)
 
     def _slowest(self, clients: int) -> float:

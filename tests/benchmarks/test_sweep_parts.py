@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import _sweep_amounts as amounts
 import _sweep_arms as arms
 import _sweep_client as client
 import _sweep_fleet as fleet
@@ -168,10 +169,10 @@ def test_one_at_a_time_has_the_same_points_arm_by_arm():
 
 
 def test_points_have_whole_waves_of_clients():
-    assert grid.num_prompts(8, 3.2, 8) == 24
-    assert grid.num_prompts(64, 0.4, 8) == 128  # two waves at least
-    assert grid.num_prompts(3, 0.4, 8) == 9
-    assert grid.estimated_counts({1: 0.5, 8: 2.0}, 40.0, 8) == {1: 20, 8: 80}
+    assert amounts.num_prompts(8, 3.2, 8) == 24
+    assert amounts.num_prompts(64, 0.4, 8) == 128  # two waves at least
+    assert amounts.num_prompts(3, 0.4, 8) == 9
+    assert amounts.estimated_counts({1: 0.5, 8: 2.0}, 40.0, 8) == {1: 20, 8: 80}
 
 
 def test_answers_differ_in_length_but_not_on_average() -> None:

@@ -95,8 +95,7 @@ def test_arms_do_equal_work_and_the_figures_are_the_servers(sweep, monkeypatch):
 
     def watched(self: Client, server: Any, prompts: Any, load: Any, tokens: int) -> Any:
         if tokens == 9:
-            states = Counter(p.status() for p in psutil.Process().children())
-            halted.append(states[psutil.STATUS_STOPPED])
+            halted.append(number_halted())
         return point(self, server, prompts, load, tokens)
 
     monkeypatch.setattr(Client, "point", watched)
@@ -141,6 +140,16 @@ def test_arms_do_equal_work_and_the_figures_are_the_servers(sweep, monkeypatch):
     page = Path("out", "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5 and "<link" not in page
     assert "1 of 1 equal" in page and 'src="http' not in page
+
+
+def number_halted() -> int:
+    """Halted children; a signal takes a moment to arrive."""
+    for _ in range(50):
+        states = Counter(p.status() for p in psutil.Process().children())
+        if found := states[psutil.STATUS_STOPPED]:
+            return found
+        time.sleep(0.02)
+    return 0
 
 
 def test_a_resumed_sweep_measures_only_what_is_missing(sweep, capsys):

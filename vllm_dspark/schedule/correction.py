@@ -31,6 +31,10 @@ _MAX_STEP_KNOTS = 24
 _MAX_ROWS = 6  # of the drafter's grid
 _UPKEEP = 0.25  # positions that 0 positions count as: as far from 1 as 1 from 4
 _MATERIAL = 0.02  # relative change of any factor that makes a new snapshot
+_URGENT = 0.10  # such a change makes it at once
+# Otherwise so many observations pass first: one takes a millisecond with all that is
+# planned anew by it, and on a machine that wavers every step would make one.
+_SNAPSHOT_EVERY = 8
 _WINDOW = 256  # observations that `error` looks back on
 _MAX_CACHED = 4096
 # A factor beyond says that something else is being measured.
@@ -73,6 +77,7 @@ class LiveCost:
         self._errors: deque[float] = deque(maxlen=_WINDOW)
         self._snapshot = table
         self._snapshot_x = self._filter.x.copy()
+        self._snapshot_at = 0
         self.observed = 0
 
     def observe(self, batch_tokens: int, context_tokens: int, seconds: float) -> None:
@@ -119,9 +124,11 @@ class LiveCost:
 
     def snapshot(self) -> CostTable:
         """The corrected table to plan with; the same object until it matters."""
-        x = self._filter.x
-        if float(np.abs(x - self._snapshot_x).max()) > _MATERIAL:
+        x, waited = self._filter.x, self.observed - self._snapshot_at
+        material = _MATERIAL if waited >= _SNAPSHOT_EVERY else _URGENT
+        if float(np.abs(x - self._snapshot_x).max()) > material:
             self._snapshot, self._snapshot_x = self._corrected(), x.copy()
+            self._snapshot_at = self.observed
         return self._snapshot
 
     def error(self) -> float:

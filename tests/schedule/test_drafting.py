@@ -95,8 +95,9 @@ def test_slow_ramp_is_followed_without_flapping() -> None:
         assert engine.drafting.changes - before <= 8
         for load in (1, 2, 4, 8, 32, 64):
             at = [length for length, n in zip(lengths, loads, strict=True) if n == load]
-            # Within the margin, a probe among 20 steps, and what hold delays.
-            assert engine.loss(load, at) < 0.06, load
+            # Within the margin, a probe and two steps without drafts among 20, and
+            # what hold delays.
+            assert engine.loss(load, at) < 0.08, load
 
 
 def test_load_that_wavers_is_no_jump() -> None:
@@ -146,7 +147,9 @@ def test_probe_intervals_double_up_to_the_limit() -> None:
         for i, (one, two) in enumerate(
             zip(engine.reasons, engine.reasons[1:], strict=False)
         )
-        if two is Reason.PROBE and one is not Reason.PROBE
+        if two is Reason.PROBE
+        and one is not Reason.PROBE
+        and engine.lengths[i] == 0  # what is tried while drafting is no probe
     ]
     gaps = np.diff(starts)
     assert (np.diff(gaps) >= -1).all()
@@ -280,3 +283,14 @@ def test_lengths_not_chosen_are_looked_at(gain: float, bypass: bool, none: int) 
     assert lengths.count(2) == 960 - lengths.count(WIDTH) - lengths.count(0)
     assert all(c.reason is Reason.PROBE for c in settled if c.positions != 2)
     assert drafting.changes == 1
+
+
+def test_another_load_soon_tries_a_step_without_drafts() -> None:
+    """However much drafting seems to gain: a wrong table would keep it for ever."""
+    drafting = Drafting(WIDTH, DraftingOptions(warmup_rounds=1))
+    promised = np.array([1.0] + [1.5] * WIDTH)
+    for load in (1, 32, 4):
+        choices = [drafting.choose(StepFacts(promised, load, load, 0.7))
+                   for _ in range(40)]  # fmt: skip
+        bare = [i for i, c in enumerate(choices) if c.positions == 0]
+        assert len(bare) == 2 and bare[-1] < 10, load

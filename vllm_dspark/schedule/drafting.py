@@ -27,6 +27,9 @@ Floats = NDArray[np.float64]
 
 # Intervals of exploring after which no position is tried where much seems to be gained.
 _SELDOM = 8
+# Steps of drafting at another load after which it is tried first: what a step without
+# drafts takes there was learned elsewhere, if at all.
+_EARLY = 6
 
 
 class Reason(StrEnum):
@@ -101,6 +104,7 @@ class Drafting:
         self._probes = Probes(self.options)
         self._probe_length = 1
         self._drafting = 0  # steps since drafting began
+        self._bypassed = False  # at this load, so that its steps alone are known
 
     @property
     def probes(self) -> int:
@@ -130,6 +134,7 @@ class Drafting:
         if jumped:  # averages and caution belong to the load that was
             self._gain, self._hold = gain, self.options.hold
             self._drafting = 0  # nor is known what this one's steps take
+            self._bypassed = False
         else:
             self._gain = self._gain + (gain - self._gain) / self.options.average
         if self._probes.running:
@@ -161,7 +166,7 @@ class Drafting:
         """
         options = self.options
         if self._length == 0:
-            self._drafting = 0
+            self._drafting, self._bypassed = 0, True
             return None
         self._drafting += 1
         at = self._drafting % options.explore_interval
@@ -169,6 +174,9 @@ class Drafting:
             return self.width if self._length < self.width else None
         if not options.bypass:
             return None
+        early = 0 <= self._drafting - _EARLY < options.explore_steps
+        if early and not self._bypassed:
+            return 0
         if self._gain[self._length] >= options.doubtful_gain:
             # Beyond doubt, if the table is right; if its curve is too flat, nothing
             # else would show it.

@@ -1,0 +1,331 @@
+"""Throughput of arms against each other, by load, on a machine that wavers.
+
+    python benchmarks/paired_load.py --target T --drafter D --prompts eval.jsonl \
+        --out paired --dtype float32
+
+A shared machine changes its speed within seconds, by more than the few per cent that
+"never slower" is about; points of many seconds, as `serve_sweep.py` has them, then say
+little. Here the engines of all arms live in this process and take turns of a second or
+so, another one first each time, and each turn is compared with the others of the same
+moment. What a server adds (HTTP, its own process) is left out: look at the sweep for
+that.
+
+At each load C every engine always has C requests at hand: a new one comes when one has
+ended. All get the same held-out prompts in the same order, answer greedily, end where
+the answer ends or after --output-tokens on average (spread over half to one and a
+half). The first --start-steps steps of a load are not timed. A turn lasts until the
+engine has emitted --turn-steps tokens per request, and --turn-tokens at least.
+
+--out holds paired.json with every turn, the ratios (median over turns of the paired
+throughputs, and the 95% interval of that median from resampled turns), drafts made and
+verified per request and step, and provenance; paired.png shows the ratios over the
+load. Arms are those of serve_sweep.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import _bench_common as common
+import numpy as np
+from _sweep_arms import Arm, named
+from _sweep_client import answer_tokens
+from _sweep_prompts import Prompt, Prompts, load_prompts
+
+from vllm_dspark.calibration.plots import figure
+from vllm_dspark.cli.signals import interrupt
+
+ARMS = "none fixed-1 fixed-3 fixed-7 threshold no-bypass adaptive".split()
+LOADS = (64, 32, 16, 8, 4, 2, 1)
+SAMPLES = 2000  # of the turns, for an interval
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an engine did in one turn.
+
+    Args:
+        tokens: emitted.
+        seconds: that it took.
+        steps: engine steps, each with about C requests.
+        drafted, verified: draft tokens made and verified.
+    """
+
+    tokens: int
+    seconds: float
+    steps: int
+    drafted: int
+    verified: int
+
+    @property
+    def throughput(self) -> float:
+        return self.tokens / self.seconds
+
+
+class Engine:
+    """One arm's engine, its open requests, and its place among the prompts."""
+
+    def __init__(self, arm: Arm, args: argparse.Namespace, prompts: Prompts) -> None:
+        from vllm import LLM
+
+        self.name, self._prompts, self._args = arm.name, prompts, args
+        own = {"speculative_config": arm.speculative_config}
+        if arm.additional_config:
+            own["additional_config"] = arm.additional_config
+        self._engine: Any = LLM(
+            args.target,
+            dtype=args.dtype,
+            enforce_eager=True,
+            max_model_len=args.max_model_len,
+            max_num_seqs=max(args.concurrency),
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=int(args.kv_gib * 2**30),
+            **own,
+        ).llm_engine
+        self._open: dict[str, int] = {}
+        self._next = 0
+        self._tokenizer = self._engine.get_tokenizer()
+
+    def fill(self, load: int) -> None:
+        """Ask until ``load`` requests are open."""
+        from vllm import SamplingParams
+
+        while len(self._open) < load:
+            (prompt,) = self._prompts.take(self._next, 1)
+            longest = answer_tokens(self._args.output_tokens, 0.5, self._next)
+            name = f"{self._next}"
+            self._next += 1
+            self._engine.add_request(
+                name,
+                {"prompt_token_ids": self._ids(prompt)},
+                SamplingParams(temperature=0.0, max_tokens=longest),
+            )
+            self._open[name] = 0
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, return_dict=False
+        )
+        return ids
+
+    def step(self) -> int:
+        """One engine step; how many tokens it emitted."""
+        emitted = 0
+        for output in self._engine.step():
+            now = len(output.outputs[0].token_ids)
+            emitted += now - self._open.get(output.request_id, 0)
+            self._open[output.request_id] = now
+            if output.finished:
+                del self._open[output.request_id]
+        return emitted
+
+    def turn(self, load: int, at_least: int) -> Turn:
+        """Serve until so many tokens are emitted."""
+        drafted, verified = self._counts()
+        tokens = steps = 0
+        start = time.perf_counter()
+        while tokens < at_least:
+            self.fill(load)
+            tokens += self.step()
+            steps += 1
+        seconds = time.perf_counter() - start
+        after = self._counts()
+        return Turn(tokens, seconds, steps, after[0] - drafted, after[1] - verified)
+
+    def _counts(self) -> tuple[int, int]:
+        core = self._engine.engine_core.engine_core
+        controller = getattr(core.scheduler, "controller", None)
+        if controller is None:
+            return 0, 0
+        return controller.totals.drafted, controller.totals.verified
+
+    def drain(self) -> None:
+        """Give up what is open."""
+        self._engine.abort_request(list(self._open))
+        self._open.clear()
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+
+def measure(
+    engines: Sequence[Engine], load: int, args: argparse.Namespace
+) -> dict[str, list[Turn]]:
+    """Turns of every engine at one load, by arm; entry i of all is of one moment."""
+    turns: dict[str, list[Turn]] = {engine.name: [] for engine in engines}
+    for engine in engines:
+        for _ in range(args.start_steps):
+            engine.fill(load)
+            engine.step()
+    at_least = max(load * args.turn_steps, args.turn_tokens)
+    for i in range(args.turns):
+        first = i % len(engines)
+        for engine in [*engines[first:], *engines[:first]]:
+            turns[engine.name].append(engine.turn(load, at_least))
+    for engine in engines:
+        engine.drain()
+    return turns
+
+
+def paired(one: Sequence[Turn], other: Sequence[Turn]) -> dict[str, float]:
+    """The median ratio of turns of the same moment, with a 95% interval of it."""
+    ratios = np.array([a.throughput / b.throughput for a, b in zip(one, other)])  # noqa: B905
+    random = np.random.default_rng(0)
+    medians = np.median(random.choice(ratios, (SAMPLES, len(ratios))), axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975))
+    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+
+
+def summary(turns: dict[str, list[Turn]], load: int) -> dict[str, Any]:
+    """Figures of one load: by arm, and the last arm against the best other one."""
+    arms: dict[str, Any] = {}
+    names = list(turns)
+    for name, own in turns.items():
+        per_step = load * sum(t.steps for t in own)
+        arms[name] = {
+            "output_throughput": statistics.median(t.throughput for t in own),
+            "ratio": paired(own, turns[names[0]]),
+            "draft_length": sum(t.drafted for t in own) / per_step,
+            "verify_length": sum(t.verified for t in own) / per_step,
+            "turns": [asdict(t) for t in own],
+        }
+    others = {n: arms[n]["output_throughput"] for n in names[:-1]}
+    best = max(others, key=others.__getitem__)
+    last = turns[names[-1]]
+    return {
+        "arms": arms,
+        "best_other": {"arm": best, **paired(last, turns[best])},
+        "against": {n: paired(last, turns[n]) for n in names[:-1]},
+    }
+
+
+def plot(loads: dict[int, Any], reference: str, file: Path) -> None:
+    """Ratios to the reference arm over the load."""
+    drawing, grid = figure(1)
+    axes = grid[0, 0]
+    drawing.set_size_inches(6.4, 4.2)
+    order = sorted(loads)
+    for name in loads[order[0]]["arms"]:
+        rows = [loads[c]["arms"][name]["ratio"] for c in order]
+        middle = np.array([r["median"] for r in rows])
+        low = middle - [r["low"] for r in rows]
+        high = [r["high"] for r in rows] - middle
+        axes.errorbar(order, middle, (low, high), marker="o", capsize=2, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(order, [str(c) for c in order])
+    axes.set_xlabel("requests at a time")
+    axes.set_ylabel(f"throughput / {reference}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    drawing.savefig(file, dpi=150)
+
+
+def show(loads: dict[int, Any]) -> None:
+    """The figures as a table."""
+    columns = ["requests", "arm", "tok/s", "ratio", "95%", "drafted", "verified"]
+    rows = [
+        [
+            str(load),
+            name,
+            f"{row['output_throughput']:.1f}",
+            f"{row['ratio']['median']:.3f}",
+            f"{row['ratio']['low']:.3f} to {row['ratio']['high']:.3f}",
+            f"{row['draft_length']:.2f}",
+            f"{row['verify_length']:.2f}",
+        ]
+        for load, found in loads.items()
+        for name, row in found["arms"].items()
+    ]
+    common.print_table("engines in turn", columns, rows)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: values that cannot be.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--target", required=True)
+    add("--drafter", required=True)
+    add("--prompts", required=True, type=Path)
+    add("--out", required=True, type=Path)
+    add("--arms", nargs="+", default=ARMS, help="the first one is the reference")
+    add("--concurrency", nargs="+", type=int, default=list(LOADS))
+    add("--turns", type=int, default=12)
+    add("--turn-steps", type=int, default=8)
+    add("--turn-tokens", type=int, default=64)
+    add("--start-steps", type=int, default=50)
+    add("--output-tokens", type=int, default=128)
+    add("--max-prompt-tokens", type=int, default=300)
+    add("--max-model-len", type=int, default=1024)
+    add("--dtype", default="auto")
+    add("--kv-gib", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name in ("turns", "turn_steps", "turn_tokens", "output_tokens"):
+        if getattr(args, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {getattr(args, name)}; at least 1 is needed")
+    if min(args.concurrency) < 1 or len(args.arms) < 2:
+        raise ValueError(
+            f"--concurrency {args.concurrency}, --arms {args.arms}: loads of at least "
+            "1, and an arm to compare with the first, are needed"
+        )
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and write what is there after every load."""
+    from transformers import AutoTokenizer
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    rows = load_prompts(args.prompts, tokenizer, args.max_prompt_tokens)
+    prompts = Prompts(rows, args.seed)
+    arms = [named(name, args.drafter) for name in args.arms]
+    engines = [Engine(arm, args, prompts) for arm in arms]
+    loads: dict[int, Any] = {}
+    for load in args.concurrency:
+        loads[load] = summary(measure(engines, load, args), load)
+        show({load: loads[load]})
+        result = {
+            "settings": {k: str(v) for k, v in vars(args).items()},
+            "arms": [arm.as_json() for arm in arms],
+            "loads": loads,
+        }
+        common.write_json(args.out / "paired.json", result)
+    plot(loads, arms[0].name, args.out / "paired.png")
+    show(loads)
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        run(parse())
+    except ValueError as error:
+        print(f"paired_load: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

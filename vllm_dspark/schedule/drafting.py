@@ -144,7 +144,9 @@ class Drafting:
                 return DraftingChoice(self._probe_length, Reason.PROBE)
             self._gain = gain  # the average is of what was believed before
         best = self._best(self._lengths(facts.allowed))
-        free = self._since_change >= self._hold
+        # Losses end soon; that choices do not last is for the next drafting to wait.
+        hold = self.options.hold if best == 0 else self._hold
+        free = self._since_change >= hold
         if best != self._length and free and self._worth(best, facts):
             self._change(best)
         elif self._length == 0 and self._probes.due(jumped):

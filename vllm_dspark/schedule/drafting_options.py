@@ -16,8 +16,9 @@ class DraftingOptions:
         bypass: False to draft at least one position always.
         margin: relative gain in throughput that a change must promise, except one to a
             bypass, which need only promise any.
-        hold: steps that a choice lasts at least.
-        max_hold: what that grows to, doubling while choices do not last.
+        hold: steps that a choice lasts at least,
+        max_hold: what that grows to before a bypass ends or another length is taken,
+            doubling while choices do not last.
         average: steps over which promises are averaged.
         load_factor: a load this many times larger or smaller is another load,
         load_step: if it also differs by this many requests.
@@ -44,7 +45,7 @@ class DraftingOptions:
     bypass: bool = True
     margin: float = 0.03
     hold: int = 8
-    max_hold: int = 40
+    max_hold: int = 64
     average: float = 8.0
     load_factor: float = 1.5
     load_step: int = 4

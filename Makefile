@@ -1,6 +1,6 @@
 # `make demo` and `make test` do everything on a fresh machine.
 # VENV=path picks another virtual environment, PYTHON=path the interpreter for it,
-# DEMO_ARGS and BENCH_ARGS pass options on.
+# DEMO_ARGS, TEST_ARGS and BENCH_ARGS pass options on.
 VENV ?= .venv
 PYTHON ?= python3
 export VENV PYTHON
@@ -20,10 +20,10 @@ serve: setup ## the demo server with DSpark, left running
 	@$(VENV)/bin/vllm-dspark demo --serve $(DEMO_ARGS)
 
 test: setup ## fast tests
-	@bash scripts/test.sh
+	@bash scripts/test.sh $(TEST_ARGS)
 
 test-all: setup ## fast and slow tests (what CI runs)
-	@bash scripts/test.sh --slow
+	@bash scripts/test.sh --slow $(TEST_ARGS)
 
 lint: setup ## ruff, mypy, clang-format
 	@bash scripts/lint.sh

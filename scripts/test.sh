@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Run the tests:  bash scripts/test.sh [--slow] [pytest options]
 # Fast ones only unless --slow; tests that need a GPU never run here.
+# Two processes share the test files out, those that take longest first
+# (tests/conftest.py); -n0 runs all in one, which --pdb and -s ask for.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 marks='not slow and not gpu'
 if [ "${1:-}" = --slow ]; then marks='not gpu'; shift; fi
-exec "${VENV:-.venv}/bin/python" -m pytest -m "$marks" "$@"
+# Tiny models gain nothing from a second thread, and two teams on two cores only wait.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "${VENV:-.venv}/bin/python" -m pytest -m "$marks" \
+  -n 2 --dist loadfile --no-loadscope-reorder "$@"

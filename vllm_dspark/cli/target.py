@@ -57,7 +57,7 @@ def prepare(say: Callable[[str], None]) -> Path:
         converted = work / "checkpoint"
         _convert(gguf, converted)
         _write_note(converted, gguf)
-        if path.exists():  # left by hand or by another version: never complete
+        if path.exists() and not is_prepared():  # by hand, or by another version
             shutil.rmtree(path)
         try:
             converted.rename(path)

@@ -16,6 +16,38 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What takes minutes in `make test-all`, longest first.
+LONG_FILES = (
+    "integration/test_v2_adapter.py",
+    "integration/test_lossless_demo.py",
+    "integration/test_v2_rejection_kernel.py",
+    "integration/test_server.py",
+    "integration/test_oracle_v2.py",
+    "integration/test_stats.py",
+    "integration/test_acceptance_steady.py",
+    "integration/test_kept_cost.py",
+    "benchmarks/test_serve_sweep.py",
+    "integration/test_tensor_parallel.py",
+    "integration/test_plugin.py",
+)
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Long files first where processes share them: the last one is waited for."""
+    if not hasattr(config, "workerinput"):  # no process of pytest-xdist
+        return
+
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        if file in LONG_FILES:
+            return LONG_FILES.index(file)
+        return len(LONG_FILES) + (not file.startswith("integration/"))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def demo_drafter() -> Path:
     """The drafter that the repository ships."""

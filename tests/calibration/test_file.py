@@ -14,13 +14,17 @@ from vllm_dspark.calibration.fitting import fit
 from vllm_dspark.calibration.scaling import Scaling, identity
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / NAME
-    settings = [
+@pytest.fixture(scope="module")
+def settings() -> list[dict[str, Any]]:
+    return [
         setting(0.0, fit(make_rounds(900, [2.0, 1.0])), rounds=900),
         setting(1.0, fit(make_rounds(900, [1.0, 1.0])), rounds=900),
     ]
+
+
+@pytest.fixture
+def file(tmp_path: Path, settings: list[dict[str, Any]]) -> Path:
+    path = tmp_path / NAME
     write(path, "abc", settings, {"label": "synthetic"}, {"drafter": "d"})
     return path
 

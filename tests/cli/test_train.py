@@ -61,6 +61,7 @@ def test_it_writes_a_drafter_and_its_outcome(
     assert "going on from step 6" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # imports torch three times
 def test_two_processes_do_what_one_does(target, data, trained, tmp_path) -> None:
     out = tmp_path / "drafter"
     with socket.socket() as probe:
@@ -152,7 +153,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(target, data, tmp_path) -> None:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    lines, deadline = out / "training" / "train.jsonl", time.monotonic() + 120
+    lines, deadline = out / "training" / "train.jsonl", time.monotonic() + 300
     try:
         while not (lines.is_file() and lines.read_text().count("\n") > 2):
             assert run.poll() is None and time.monotonic() < deadline

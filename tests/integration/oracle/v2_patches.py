@@ -8,6 +8,7 @@ is there. `install` must run before vllm is imported.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ def install() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     _pretend_backend()
+    _replace_functions_once()
     _boolean_masks()
     _math_functions()
 
@@ -37,6 +39,25 @@ def _pretend_backend() -> None:
     triton.backends.backends["cpu"] = triton.backends.Backend(
         compiler=None, driver=Driver
     )
+
+
+def _replace_functions_once() -> None:
+    """At each launch, and again at each call of a device function, the interpreter puts
+    its own functions into triton.language, and takes them out after the launch: most of
+    the time of a small kernel. Nothing is compiled in this process: they stay there."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, stays = interpreter._patch_lang, interpreter._LangPatchScope()
+    everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    done: list[Any] = []
+
+    def patch_once(fn: Any) -> Any:
+        if not done:
+            done.append(patch(everything))
+        return stays
+
+    interpreter._patch_lang = patch_once
 
 
 def _boolean_masks() -> None:

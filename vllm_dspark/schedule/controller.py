@@ -25,6 +25,7 @@ from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.drafting import Drafting, DraftingChoice, Reason, StepFacts
 from vllm_dspark.schedule.drafting_options import DraftingOptions
+from vllm_dspark.schedule.exploring import Exploring
 from vllm_dspark.schedule.facts import Batch, DraftPlan, Totals
 from vllm_dspark.schedule.forecast import Forecaster
 from vllm_dspark.schedule.request_gate import RequestGate
@@ -59,6 +60,7 @@ class Controller:
         options = drafting or DraftingOptions(bypass=self.policy.bypass)
         self.drafting = Drafting(width, options)
         self._forecaster = Forecaster(self.survival)
+        self._exploring = Exploring()
         self.gate = RequestGate(options)
         self.totals = Totals()
         self.live: LiveCost | None = None
@@ -149,7 +151,10 @@ class Controller:
             return planner.fixed(step)
         if not step.survival.size:
             return planner.nothing(step)
+        if (more := self._exploring.budget(step)) is not None:
+            return planner.plan_within(step, more)
         plan = planner.plan(step)
+        self._exploring.saw(step, plan)
         blind = self._choice.reason is Reason.PROBE and not plan.verify_lens.any()
         # Without confidences only outcomes teach: a probe verifies one of each.
         return planner.fixed(step, 1) if blind else plan

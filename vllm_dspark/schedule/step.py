@@ -29,6 +29,7 @@ class Stop(StrEnum):
     BUDGET = "budget"  # earlier rounds allowed no more
     GOAL = "goal"  # the next one would have cost a request its goal
     GOAL_MISSED = "goal_missed"  # some request is below its goal
+    EXPLORE = "explore"  # more than seems to pay, to learn what it costs
     FIXED = "fixed"
     THRESHOLD = "threshold"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import _sweep_slo as slo
+from _sweep_plots import DOTS_PER_INCH
 from _sweep_report import number
 from _sweep_summary import BEST, SUBJECT
 
@@ -18,7 +19,9 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
   padding: 0 1rem; color: #222; background: #fff; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .88rem; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
+  white-space: pre; line-height: 1.25; }
+.wide { overflow-x: auto; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 figcaption, .note { color: #555; font-size: .88rem; }
@@ -71,16 +74,20 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
         for row in rows
     ]
-    return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>"
+    table = f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _figure(file: Path, caption: str) -> str:
     if not file.exists():
         return ""
-    data = base64.b64encode(file.read_bytes()).decode()
+    content = file.read_bytes()
+    data = base64.b64encode(content).decode()
     text = html.escape(caption)
+    # All figures at one scale: a PNG has its width at this place.
+    width = int.from_bytes(content[16:20], "big") * 96 // DOTS_PER_INCH
     return (
-        f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+        f'<figure><img width="{width}" alt="{text}" src="data:image/png;base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>"
     )
 
@@ -90,11 +97,11 @@ def _conditions(result: dict[str, Any]) -> str:
     machine = where["machine"]
     versions = where["versions"]
     names = [f"{n} {versions[n]}" for n in ("vllm", "vllm-dspark") if n in versions]
-    loads = "" if settings["stop_at_eos"] else ", whatever ends earlier goes on"
+    ends = "or fewer" if settings["stop_at_eos"] else "on average, none ends earlier"
     text = (
         f"{Path(settings['target']).name} on {machine['cores']} cores of "
-        f"{machine['cpu']}; {', '.join(names)}. Answers of about "
-        f"{settings['output_tokens']} tokens{loads}; {_rounds(result)}."
+        f"{machine['cpu']}; {', '.join(names)}. Answers of "
+        f"{settings['output_tokens']} tokens {ends}; {_rounds(result)}."
     )
     return f"<p>{html.escape(text)}</p>"
 
@@ -148,6 +155,8 @@ def _ratios(result: dict[str, Any]) -> str:
         rows.append([other, *(_spread(cell) for cell in cells)])
     if not rows:
         return ""
+    names = [ratios[BEST].get(load, {}).get("arm", "-") for load in loads]
+    rows.append(["(that is)", *(name.removeprefix("dspark-") for name in names)])
     title = f"<h2>Throughput of {html.escape(SUBJECT)} to other arms</h2>"
     note = (
         '<p class="note">Of the same round, then the median over rounds; in brackets '
@@ -161,9 +170,8 @@ def _spread(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
     runs = cell["runs"]
-    spread = f" ({min(runs):.2f} to {max(runs):.2f})" if len(runs) > 1 else ""
-    who = f" {cell['arm']}" if "arm" in cell else ""
-    return f"{cell['median']:.3f}{spread}{who}"
+    spread = f"\n({min(runs):.2f} to {max(runs):.2f})" if len(runs) > 1 else ""
+    return f"{cell['median']:.3f}{spread}"
 
 
 def _levels(found: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from _sweep_summary import SUBJECT
 
 from vllm_dspark.calibration.plots import figure
 
+DOTS_PER_INCH = 140
 Lines = dict[str, dict[float, float]]
 
 
@@ -110,7 +111,7 @@ def _pareto(arms: dict[str, Any], file: Path) -> Path:
             axis.annotate(c, (x, y), fontsize=6, color=line.get_color())
     axis.set(xlabel="tok/s per user (1 / TPOT)", ylabel="output tok/s")
     _legend(legend, axis)
-    drawing.savefig(file, dpi=140)
+    drawing.savefig(file, dpi=DOTS_PER_INCH)
     return file
 
 
@@ -137,7 +138,7 @@ def _panels(
                 _load_axis(axis, xs)
             axis.set(xlabel=over, ylabel=label)
         _legend(legend, drawn[0])
-        drawing.savefig(file, dpi=140)
+        drawing.savefig(file, dpi=DOTS_PER_INCH)
         return file
 
     return make
@@ -174,5 +175,5 @@ def _bars(found: dict[str, Any], arms: list[str], file: Path) -> Path | None:
         axis.tick_params(axis="x", labelsize=7)
         axis.set(xlabel=label, ylabel="output tok/s")
     _legend(legend, drawn[0])
-    drawing.savefig(file, dpi=140)
+    drawing.savefig(file, dpi=DOTS_PER_INCH)
     return file

@@ -186,11 +186,14 @@ def test_tables_and_figures_bear_arms_with_gaps(tmp_path: Path, capsys):
     pytest.importorskip("matplotlib")
     results = fabricate(tmp_path, {("a", 1, 0): 3.0, ("b", 8, 0): 4.0})
     results.add(grid.Point("a", 8, 0, "math"), RECORD)
+    results.add(grid.Point("a", 0, 0, rate=2.0), RECORD)
     found = summary.summarise({top: results.records(top) for top in grid.TOPS})
     report.show(found)
-    assert "math" in capsys.readouterr().out
-    for file in plots.draw(found, tmp_path):
-        assert file.stat().st_size > 1000
+    told = capsys.readouterr().out
+    assert "math" in told and "2/s" in told
+    files = plots.draw(found, tmp_path)
+    assert {"pareto.png", "open_loop.png"} <= {file.name for file in files}
+    assert all(file.stat().st_size > 1000 for file in files)
 
 
 def sample(name: str, value: float, **labels: str) -> tuple[object, float]:

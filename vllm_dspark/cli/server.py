@@ -22,6 +22,8 @@ from typing import Any, Self
 HOST = "127.0.0.1"
 # Cold start is about 110 s on two cores; a loaded machine may take several times that.
 START_TIMEOUT = 600.0
+# The last step's statistics arrive at /metrics a moment after its last token.
+SETTLE = 0.3
 # What vLLM puts before a message: process name, level, date and source line.
 _PREFIX = re.compile(r"^(\([^)]*\) )*([A-Z]+ [\d-]+ [\d:.]+ )?(\[[^\]]*\] )?")
 _ERROR = re.compile(r"\b[A-Za-z_.]*(Error|Exception)\b: \S")
@@ -207,8 +209,7 @@ def read_metrics(url: str) -> Metrics:
     """Every sample of a server's ``/metrics``: (name, sorted labels) to value."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    # The last step's statistics arrive a moment after its last token.
-    time.sleep(0.3)
+    time.sleep(SETTLE)
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     return {

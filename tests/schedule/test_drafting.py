@@ -293,3 +293,13 @@ def test_another_load_soon_tries_a_step_without_drafts() -> None:
                    for _ in range(40)]  # fmt: skip
         bare = [i for i, c in enumerate(choices) if c.positions == 0]
         assert len(bare) == 2 and bare[-1] < 10, load
+
+
+@pytest.mark.parametrize(("doubt", "drafts"), [(0.0, True), (0.06, True), (0.2, False)])
+def test_in_doubt_nothing_is_drafted(doubt: float, drafts: bool) -> None:
+    """A gain of 8% is worth it only where predictions are not off by more."""
+    drafting = Drafting(WIDTH, DraftingOptions(warmup_rounds=1))
+    promised = np.array([1.0] + [1.08] * WIDTH)
+    facts = StepFacts(promised, 8, 8, 0.7, doubt=doubt)
+    settled = [drafting.choose(facts).positions for _ in range(60)][30:]
+    assert (np.median(settled) > 0) == drafts

@@ -31,6 +31,8 @@ from vllm_dspark.schedule.forecast import Forecaster
 from vllm_dspark.schedule.request_gate import RequestGate
 from vllm_dspark.schedule.step import Floats, Ints, StepCost, VerifyPlan, VerifyStep
 
+# Beyond, predictions say little, and would never let drafting be tried.
+_MOST_DOUBT = 0.3
 # Steps whose time outside the worker is remembered: its median is robust to pauses.
 _OVERHEAD_STEPS = 64
 
@@ -99,6 +101,7 @@ class Controller:
                 self._rounds_seen,
                 made.acceptance,
                 allowed,
+                min(error, _MOST_DOUBT) if (error := self.live.error()) > 0 else 0.0,
             )
         )
         self._rounds_seen = 0

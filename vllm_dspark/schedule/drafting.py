@@ -58,6 +58,8 @@ class StepFacts:
         allowed: ``[γ + 1]`` bool, lengths that meet the requests' goal (``slo_tps``);
             None without a goal. Where none does, all are allowed: the fastest is then
             the nearest to it.
+        doubt: typical relative error of predictions, 0 or more. Half of it is taken
+            off what drafting promises: what drafts cost is certain.
     """
 
     throughput: Floats | None
@@ -65,6 +67,7 @@ class StepFacts:
     rounds: int
     acceptance: float
     allowed: NDArray[np.bool_] | None = None
+    doubt: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class Drafting:
         if facts.throughput is None or not warm:
             choice = DraftingChoice(self._length, Reason.NO_HISTORY)
         else:
-            choice = self._choose(facts, self._gains(facts.throughput))
+            choice = self._choose(facts, self._gains(facts.throughput, facts.doubt))
         self.counts[choice.reason] += 1
         return choice
 
@@ -186,7 +189,7 @@ class Drafting:
         half = options.explore_interval // 2
         return 0 if half <= at < half + options.explore_steps else None
 
-    def _gains(self, throughput: Floats) -> Floats:
+    def _gains(self, throughput: Floats, doubt: float) -> Floats:
         positive = np.isfinite(throughput).all() and (throughput > 0).all()
         if throughput.shape != (self.width + 1,) or not positive:
             raise ValueError(
@@ -194,6 +197,7 @@ class Drafting:
                 f"for 0..{self.width} positions"
             )
         gains: Floats = np.log(throughput / throughput[0])
+        gains[1:] -= doubt / 2
         return gains
 
     def _jumped(self, load: int) -> bool:

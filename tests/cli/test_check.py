@@ -1,6 +1,7 @@
 """`vllm-dspark check`: each trouble is named and ends in exit status 1."""
 
 import json
+import sys
 import types
 
 import pytest
@@ -106,6 +107,24 @@ def test_plugin_shut_out_by_vllm_plugins(monkeypatch):
     assert "VLLM_PLUGINS" in check.plugin_state()
     monkeypatch.setattr(check, "entry_points", lambda group: [])
     assert "not registered" in check.plugin_state()
+
+
+def test_another_version_in_the_path(monkeypatch, tmp_path):
+    """Python takes the first one it finds, and another when the path changes."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    for folder, version in (("one", "0.0.9"), ("two", "0.0.8"), ("three", "0.0.8")):
+        dist_info = tmp_path / folder / f"vllm_dspark-{version}.dist-info"
+        dist_info.mkdir(parents=True)
+        metadata = f"Metadata-Version: 2.1\nName: vllm-dspark\nVersion: {version}\n"
+        (dist_info / "METADATA").write_text(metadata)
+        group = "[vllm.general_plugins]\ndspark = vllm_dspark.plugin:register\n"
+        (dist_info / "entry_points.txt").write_text(group)
+    places = {name: str(tmp_path / name) for name in ("one", "two", "three")}
+    monkeypatch.setattr(sys, "path", [places["two"], places["three"]])
+    assert check.plugin_state() == "registered"
+    monkeypatch.setattr(sys, "path", [places["one"], places["two"]])
+    for words in ("0.0.9 in", "0.0.8 in", places["one"], "uninstall all but one"):
+        assert words in check.plugin_state()
 
 
 @pytest.mark.parametrize("runner", ["V1 (vllm-dspark)", "V2 (vLLM's own DSpark)"])

@@ -120,6 +120,19 @@ for name, spec in (("none", None), ("ngram", ngram)):
     }
     llm.llm_engine.engine_core.shutdown()
     del llm, worker
+llm = LLM(
+    model=sys.argv[1], runner="pooling", enforce_eager=True, dtype="float32",
+    max_model_len=256, max_num_seqs=4, kv_cache_memory_bytes=64 << 20, seed=0,
+)
+outputs = llm.embed([{"prompt_token_ids": [5, 9, 17]}, "tea at ten"], use_tqdm=False)
+worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+result["pooling"] = {
+    "embeddings": [output.outputs.embedding for output in outputs],
+    "runner": type(worker.worker.model_runner).__name__,
+    "refusal": "",
+}
+llm.llm_engine.engine_core.shutdown()
+del llm, worker
 result["loaded"] = "vllm_dspark.integration.patches" in sys.modules
 result["heavy"] = "vllm_dspark.integration.runner" in sys.modules
 print(json.dumps(result))
@@ -127,12 +140,12 @@ print(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
-def without_and_with(tiny_target: Path) -> tuple[dict, dict]:
+def without_and_with(text_pair: tuple[Path, Path]) -> tuple[dict, dict]:
     """What a process without the plugin reports, and one with it."""
     results = []
     for plugins in ("", None):
         result, output = run_python_with_output(
-            INERT, tiny_target, VLLM_PLUGINS=plugins
+            INERT, text_pair[0], VLLM_PLUGINS=plugins
         )
         results.append({**result, "log": log_lines(output)})
     return results[0], results[1]
@@ -148,7 +161,7 @@ def log_lines(output: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["none", "ngram"])
+@pytest.mark.parametrize("method", ["none", "ngram", "pooling"])
 def test_inert(method: str, without_and_with: tuple[dict, dict]) -> None:
     without, with_plugin = without_and_with
     assert with_plugin["loaded"] and not without["loaded"]

@@ -136,10 +136,14 @@ def test_an_engine_in_another_process(tiny_target: Path, tiny_drafter: Path) -> 
     assert told["accepted"] == counted[SPEC + "accepted_tokens"]
 
 
-def serve(pair: tuple[Path, Path], log: Path, *more: str) -> Server:
+def serve(
+    pair: tuple[Path, Path], log: Path, *more: str, cost_table: str | None = None
+) -> Server:
+    """With everything verified, or with lengths by a table of costs."""
     target, drafter = pair
     spec = json.dumps({"method": "dspark", "model": str(drafter)})
-    ours = json.dumps({"dspark": {"policy": "fixed"}})
+    chosen = {"cost_table": cost_table} if cost_table else {"policy": "fixed"}
+    ours = json.dumps({"dspark": chosen})
     extra = ["--speculative-config", spec, "--additional-config", ours, *more]
     return Server(target, ARGUMENTS + extra, log, ENVIRONMENT)
 
@@ -189,13 +193,21 @@ def test_two_api_servers_count_once(server: Server) -> None:
     assert 1 <= total(server, PREFIX + "accepted_length") < 8
 
 
-def test_two_engines_have_their_labels(
-    text_pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    with serve(text_pair, tmp_path / "log", "--data-parallel-size", "2") as server:
+def test_two_engines(text_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Data parallel: each has its labels, and both say what the target says."""
+    from vllm import SamplingParams
+
+    prompts = [[5, 9, 17, 33], [7] * 3, list(range(3, 60)), [100, 50]] * 2
+    with engine(text_pair[0], skip_tokenizer_init=False) as plain:
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        expected = [o.outputs[0].text for o in plain.generate(prompts, params)]
+    table, two = cost_table(tmp_path, jagged), ("--data-parallel-size", "2")
+    with serve(text_pair, tmp_path / "log", *two, cost_table=table) as server:
         server.wait_ready(lambda *_: None)
         for _ in range(4):
             complete(server, n=4, temperature=1.0)
+        answer = complete(server, prompt=prompts, temperature=0)
+        assert [choice.text for choice in answer.choices] == expected
         for engine_index in ("0", "1"):
             ours, theirs = (
                 total(server, name, engine=engine_index)

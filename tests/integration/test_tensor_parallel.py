@@ -2,9 +2,9 @@
 
 Its own regime: separate engine and worker processes (the confidences are pickled),
 sharded attention and MLP, a reduced LM head whose rows come from both ranks' shards
-of the target's, and sampling that has to agree on both ranks without talking. Greedy
-text must equal one rank without speculation; sampled text must be served (ranks that
-disagree stall or crash the engine).
+of the target's, and sampling that has to agree on both ranks without talking, on drafts
+that are trimmed. Greedy text must equal one rank without speculation; sampled text must
+be served (ranks that disagree stall or crash the engine).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.subprocesses import run_python
+from tests.integration.test_adaptive import cost_table, jagged
 
 _SERVE = """
 import json, sys
@@ -21,10 +22,11 @@ import json, sys
 def main():
     from vllm import LLM, SamplingParams
 
-    target, drafter = sys.argv[1:3]
+    target, drafter, table = sys.argv[1:4]
     spec = {"method": "dspark", "model": drafter,
             "draft_sample_method": "probabilistic"}
-    two = {"tensor_parallel_size": 2, "speculative_config": spec}
+    two = {"tensor_parallel_size": 2, "speculative_config": spec,
+           "additional_config": {"dspark": {"cost_table": table}}}
     prompts = [[5, 9, 17, 33, 2, 8], [7] * 3, list(range(3, 60)), [100, 50]]
     rows = [{"prompt_token_ids": p} for p in prompts]
     result = {}
@@ -39,9 +41,9 @@ def main():
             tokens = [list(o.outputs[0].token_ids) for o in outputs]
             result[f"{name} {kind}"] = tokens
         if extra:
-            result["accepted"] = next(
-                m.value for m in llm.get_metrics()
-                if m.name == "vllm:spec_decode_num_accepted_tokens")
+            found = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+            for name in ("trimmed", "verified", "accepted"):
+                result[name] = found[f"vllm:dspark_{name}_tokens"]
         del llm
     print(json.dumps(result))
 
@@ -63,12 +65,14 @@ def test_two_ranks_serve_the_text_of_one_rank_without_speculation(
     script = tmp_path / "serve.py"
     script.write_text(_SERVE)  # worker processes import it again: it needs a file
     result = run_python(
-        "import runpy, sys; runpy.run_path(sys.argv[3], run_name='__main__')",
+        "import runpy, sys; runpy.run_path(sys.argv[4], run_name='__main__')",
         tiny_target,
         drafter,
+        cost_table(tmp_path, jagged),
         script,
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )
     assert result["two greedy"] == result["one greedy"]
-    assert result["accepted"] > 0
+    assert result["trimmed"] > 0
+    assert result["verified"] > result["accepted"] > 0
     assert [len(t) for t in result["two sampled"]] == [32] * 4

@@ -112,7 +112,7 @@ def _numbers(values: Any, limits: tuple[float, float], where: str) -> tuple[floa
         raise ValueError(f"{where}: {values!r:.60} is no list of numbers by position")
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:
+        if not number or not low <= value <= high:  # NaN is not either
             raise ValueError(
                 f"{where}: {value!r:.60} is no number from {low:g} to {high:g}"
             )

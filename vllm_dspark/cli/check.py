@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import entry_points
+from importlib.metadata import distributions, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,10 @@ def plugin_state() -> str:
     chosen = os.environ.get("VLLM_PLUGINS")
     if chosen is not None and "dspark" not in chosen.split(","):
         return f"shut out by VLLM_PLUGINS={chosen!r}: add 'dspark' to it, or unset it"
+    found = {d.version: d.locate_file("") for d in distributions(name="vllm-dspark")}
+    if len(found) > 1:
+        places = ", ".join(f"{version} in {place}" for version, place in found.items())
+        return f"several versions are in the path ({places}): uninstall all but one"
     return "registered"
 
 

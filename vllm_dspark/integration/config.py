@@ -7,6 +7,7 @@ below is raised before the engine starts.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +49,16 @@ def options(vllm_config: Any) -> DSparkOptions:
     extra = vllm_config.additional_config
     raw = extra.get("dspark") if isinstance(extra, dict) else None
     return DSparkOptions.from_dict(raw or {})
+
+
+def check_request(extra_args: Mapping[str, Any] | None) -> None:
+    """Refuse a request (``vllm_xargs``) whose goal is none; other keys are not ours.
+
+    Raises:
+        ValueError: says what it should be.
+    """
+    if extra_args and "slo_tps" in extra_args:
+        DSparkOptions(slo_tps=extra_args["slo_tps"])
 
 
 def activate(vllm_config: Any) -> None:

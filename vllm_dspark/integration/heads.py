@@ -18,6 +18,9 @@ def head_from_state(
 ) -> SequentialHead:
     """The sequential and confidence heads of a checkpoint (paper, 3.1 and 3.2.1).
 
+    Copies: what safetensors reads is the file itself, mapped into memory, and a file
+    that is overwritten under a running server would kill it (SIGBUS).
+
     Args:
         drafter: the checkpoint's configuration.
         state: its tensors.
@@ -27,11 +30,13 @@ def head_from_state(
 
     def weight(name: str) -> torch.Tensor | None:
         tensor = state.get(name)
-        return None if tensor is None else tensor.to(dtype).contiguous()
+        return None if tensor is None else tensor.to(dtype, copy=True).contiguous()
 
     def scalar(name: str) -> torch.Tensor | None:
         tensor = state.get(name)
-        return None if tensor is None else tensor.float().flatten().contiguous()
+        if tensor is None:
+            return None
+        return tensor.to(torch.float32, copy=True).flatten().contiguous()
 
     offsets = state.get("d2t")
     joint = _JOINT.get(drafter.markov_head_type)

@@ -173,9 +173,9 @@ class DSparkDraftModel(DFlashQwen3ForCausalLM):
         After weight processing, so that the target's weights are processed once.
         """
         if "embed_tokens.weight" not in state:
-            self.model.embed_tokens = target.model.embed_tokens
+            self.model.embed_tokens = without_lora(target.model.embed_tokens)
         if "lm_head.weight" not in state and not drafter.has_reduced_vocab:
-            self.lm_head = target.lm_head
+            self.lm_head = without_lora(target.lm_head)
 
     def write_context(
         self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
@@ -195,13 +195,21 @@ class DSparkDraftModel(DFlashQwen3ForCausalLM):
         return logits
 
 
+def without_lora(layer: nn.Module) -> nn.Module:
+    """The layer itself, where vLLM has put an adapter's around it.
+
+    Adapters are the target's: their rows are counted for its steps, not for drafting.
+    """
+    return getattr(layer, "base_layer", layer)
+
+
 def target_lm_head_rows(target: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Rows ``ids`` of the target's LM head, gathered over tensor-parallel ranks.
 
     Shape: ids [n] int64 → [n, d]. Every rank gets all rows: exact, as exactly one
     rank contributes each row and the others zero.
     """
-    head = target.lm_head
+    head = without_lora(target.lm_head)
     shard = head.shard_indices
     start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
     mine = (ids >= start) & (ids < end)

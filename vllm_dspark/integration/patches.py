@@ -89,7 +89,7 @@ def _allow_min_p_and_logit_bias(original: Any) -> Any:
 
     Symptom: requests with min_p or logit_bias get an error with speculation on.
     Cause: vLLM's V1 rejection sampler ignores both. Ours applies them to every
-    verified row, so nothing has to be refused.
+    verified row, so nothing has to be refused but what is wrong about our own keys.
     Remove when: vLLM's V1 rejection sampler applies min_p and logit_bias.
     """
 
@@ -97,6 +97,7 @@ def _allow_min_p_and_logit_bias(original: Any) -> Any:
         from vllm_dspark.integration import config
 
         if speculative_config is not None and config.is_ours(speculative_config):
+            config.check_request(self.extra_args)
             return
         original(self, speculative_config)
 

@@ -125,10 +125,8 @@ class DSparkScheduler(Scheduler):
     def _goal(self, request: Request) -> float:
         params = request.sampling_params
         extra = params.extra_args if params is not None else None
-        everyone = self.controller.policy.slo_tps
-        value = (extra or {}).get("slo_tps", everyone)
-        good = isinstance(value, int | float) and 0 <= value < float("inf")
-        return float(value) if good else everyone
+        # Checked when the request came (`config.check_request`).
+        return float((extra or {}).get("slo_tps", self.controller.policy.slo_tps))
 
     # ---- after a step ----
 

@@ -39,12 +39,12 @@ class StepLog:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._steps = path, 0
+        self._steps = 0
         self._lines: JsonLines | None = None
         try:
-            self._lines = JsonLines(path)
+            self._lines = JsonLines(path, "step log")
         except OSError as error:
-            self._end(error)
+            logger.warning("DSpark: there is no step log, %s: %s", path, error)
 
     def step(
         self,
@@ -77,20 +77,9 @@ class StepLog:
             "emitted": sum(map(len, output.sampled_token_ids)),
         }
         self._steps += 1
-        try:
-            self._lines.add(**fields)
-        except OSError as error:
-            self._end(error)
+        self._lines.add(**fields)
 
     def flush(self) -> None:
         """Write what is kept."""
-        if self._lines is None:
-            return
-        try:
+        if self._lines is not None:
             self._lines.flush()
-        except OSError as error:
-            self._end(error)
-
-    def _end(self, error: OSError) -> None:
-        self._lines = None
-        logger.warning("DSpark: the step log ends, %s: %s", self._path, error)

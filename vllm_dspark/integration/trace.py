@@ -25,14 +25,17 @@ from vllm_dspark.integration.pending import PendingDrafts
 
 
 class Trace:
-    """Appends rounds to a file.
+    """Appends rounds to a file; trouble with it is said once and ends it.
 
     Args:
         path: the file; created, or appended to (several processes may share it).
+
+    Raises:
+        OSError: it cannot be opened.
     """
 
     def __init__(self, path: str) -> None:
-        self._lines = JsonLines(path)
+        self._lines = JsonLines(path, "trace")
 
     def step(
         self,

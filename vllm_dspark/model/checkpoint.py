@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -141,7 +142,13 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     headers = _checked_headers(Path(path), config)
     state: dict[str, Tensor] = {}
     for file in sorted({header.file for header in headers.values()}):
-        state.update(load_file(file))
+        try:
+            state.update(load_file(file))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is not read by safetensors ({error}); download the checkpoint "
+                "again"
+            ) from error
     mapping = state.pop(T2D, None)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

@@ -80,7 +80,7 @@ def read_json(file: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file} holds a {type(raw).__name__}, not a JSON object")
@@ -95,7 +95,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(shards, dict) or not shards:
             raise ValueError(f"{folder / INDEX}: 'weight_map' is missing or empty")
         # Only names: an index must not lead out of its folder.
-        return [folder / Path(str(name)).name for name in sorted(set(shards.values()))]
+        names = {Path(str(name)).name for name in shards.values()}
+        return [folder / name for name in sorted(names)]
     pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))
     if pickles:
         raise ValueError(
@@ -137,7 +138,15 @@ def _parse(raw: bytes, file: Path) -> dict[str, tuple[TensorHeader, int]]:
             start, end = (data + int(offset) for offset in entry["data_offsets"])
             shape = tuple(int(size) for size in entry["shape"])
             parsed[name] = TensorHeader(str(entry["dtype"]), shape, file, start), end
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    # OverflowError: an offset of 1e999.
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{file} has a corrupt safetensors header") from error
     return parsed
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 RANK = 4
 
@@ -27,8 +27,6 @@ def make_tiny_lora(
         strength: of the change, against weights of about one.
         lm_head: change the LM head as well.
     """
-    from safetensors.torch import load_file
-
     generator = torch.Generator().manual_seed(seed)
     modules = ["q_proj", "v_proj", "o_proj", "down_proj"]
     if lm_head:

@@ -254,11 +254,7 @@ def test_sleep_mode_is_not_there(pair: tuple[Path, Path]) -> None:
     """With DSpark or without: once vLLM's CPU platform sleeps, this fails."""
     from vllm.engine.arg_utils import EngineArgs
 
-    args = EngineArgs(
-        str(pair[0]),
-        skip_tokenizer_init=True,
-        max_model_len=256,
-        enable_sleep_mode=True,
-    )
+    settings = {"skip_tokenizer_init": True, "max_model_len": 256}
+    args = EngineArgs(str(pair[0]), enable_sleep_mode=True, **settings)
     with pytest.raises(ValueError, match="Sleep mode is not supported on current"):
         args.create_engine_config()

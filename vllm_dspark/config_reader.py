@@ -17,6 +17,9 @@ SLIDING_ATTENTION = "sliding_attention"
 # Left by a conversion (model/speculators.py); that layout knows no target depth.
 FROM_SPECULATORS = "from_speculators"
 DTYPES = ("float32", "bfloat16", "float16")
+# No drafter has more; what a damaged file says must not be built to be refused.
+_MOST = 1 << 24
+_MOST_LAYERS = 1 << 10
 
 # Keys that change what a drafter computes and that we do not implement: a checkpoint
 # that sets one to another value would draft badly without any error.
@@ -49,7 +52,9 @@ class ConfigReader:
     def fail(self, problem: str) -> ValueError:
         return ValueError(f"{self.source}: {problem}")
 
-    def integer(self, key: str, low: int, default: int | None = None) -> int:
+    def integer(
+        self, key: str, low: int, default: int | None = None, high: int = _MOST
+    ) -> int:
         value = self.raw.get(key)
         if value is None:
             value = default
@@ -57,6 +62,8 @@ class ConfigReader:
             raise self.fail(f"{key!r} is missing")
         if not is_int(value) or value < low:
             raise self.fail(f"{key!r} is {value!r}; it must be an integer >= {low}")
+        if value > high:
+            raise self.fail(f"{key!r} is {value!r}; it must be at most {high}")
         return int(value)
 
     def boolean(self, key: str) -> bool:
@@ -67,8 +74,10 @@ class ConfigReader:
 
     def positive(self, key: str, value: Any) -> float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < float("inf"):
-            raise self.fail(f"{key!r} is {value!r}; it must be a number > 0")
+        if not number or not 0 < value < 1e30:
+            raise self.fail(
+                f"{key!r} is {value!r}; it must be a number > 0 and below 1e30"
+            )
         return float(value)
 
     def check_layout(self) -> None:
@@ -79,7 +88,7 @@ class ConfigReader:
                 "checkpoint.load_config, or convert it: `vllm-dspark convert`"
             )
         architectures = self.raw.get("architectures") or []
-        if ARCHITECTURE not in architectures:
+        if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
             raise self.fail(
                 f"'architectures' is {architectures!r}, so this is not a DSpark "
                 f"drafter; expected [{ARCHITECTURE!r}]"
@@ -121,16 +130,21 @@ class ConfigReader:
             "draft_vocab_size": draft_vocab,
             "hidden_size": hidden,
             "intermediate_size": self.integer("intermediate_size", 1),
-            "num_hidden_layers": self.integer("num_hidden_layers", 1),
+            "num_hidden_layers": self.layers(),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "dtype": dtype,
         }
 
+    def layers(self) -> int:
+        return self.integer("num_hidden_layers", 1, high=_MOST_LAYERS)
+
     def attention(self) -> dict[str, Any]:
-        num_layers = self.integer("num_hidden_layers", 1)
+        num_layers = self.layers()
         types = self.raw.get("layer_types") or [FULL_ATTENTION] * num_layers
+        if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
+            raise self.fail(f"'layer_types' is {types!r}; it must be a list of names")
         if len(types) != num_layers:
             raise self.fail(
                 f"'layer_types' has {len(types)} entries for {num_layers} layers"
@@ -170,6 +184,8 @@ class ConfigReader:
     def rope_theta(self) -> float:
         """The base of the rotary positions, from either place it is written."""
         rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise self.fail(f"'rope_parameters' is {rope!r}; it must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise self.fail(

@@ -214,9 +214,11 @@ def test_speculators_configurations_with_other_values(
 @FUZZ
 @given(st.dictionaries(st.text(max_size=8), JSON))
 def test_configurations_of_anything_else(raw: dict[str, Any]) -> None:
-    for read in (DrafterConfig.from_dict, to_deepspec):
+    with pytest.raises(ValueError):
+        DrafterConfig.from_dict(raw)
+    for kind in ("dspark", 5):
         with pytest.raises(ValueError):
-            read(raw)
+            to_deepspec({**raw, "speculators_model_type": kind})
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", INDEX])

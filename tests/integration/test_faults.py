@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.integration.engine import Engine, engine
 from tests.integration.recorder import drive, greedy, prompt
-from tests.integration.subprocesses import run_python
 from tests.integration.test_adaptive import cost_table, free
 from vllm_dspark.calibration import file as calibration_file
 from vllm_dspark.integration import runner, scheduler, worker
 from vllm_dspark.integration.json_lines import JsonLines
-from vllm_dspark.model.checkpoint import weights_hash
+from vllm_dspark.model.checkpoint import load_state, weights_hash
 
 ARRIVALS = [
     (0, prompt(90), greedy(30)),
@@ -59,7 +59,10 @@ def files(
 
 
 @pytest.fixture(scope="module")
-def dspark(tiny_target: Path, files: dict[str, Path]) -> Iterator[Engine]:
+def dspark(
+    tiny_target: Path, files: dict[str, Path], expected: list[list[int]]
+) -> Iterator[Engine]:
+    """After the engine of ``expected``, whose end takes others of the process along."""
     ours = {name: str(files[name]) for name in ("calibration", "cost_table")}
     ours |= {"policy": "adaptive", "trace": "/dev/full"}
     config = {"dspark": ours}
@@ -158,58 +161,28 @@ def test_files_that_change_under_the_engine(
     assert said == []
 
 
-_WEIGHTS = """
-import json, os, sys
-from pathlib import Path
-
-from tests.integration.engine import engine
-from vllm import SamplingParams
-
-target, drafter = map(Path, sys.argv[1:])
-params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-with engine(target, drafter) as eng:
-    before = eng.tokens([[5, 9, 17]], params)
-    drafted = eng.stats().accepted
-    with (drafter / "model.safetensors").open("r+b") as file:
-        file.truncate(100)  # in place, as `cp` over it begins
-    after = eng.tokens([[5, 9, 17]], params)
-    print(json.dumps([before, after, drafted, eng.stats().accepted]))
-"""
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that a tensor's memory is a mapping of, if it is."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, _, end = line.split(maxsplit=1)[0].partition("-")
+        if int(start, 16) <= address < int(end, 16):
+            return "".join(line.split(maxsplit=5)[5:])
+    return ""
 
 
-@pytest.mark.slow
 def test_weights_that_change_under_the_engine(
-    tiny_target: Path, tiny_drafter: Path, tmp_path: Path
+    dspark: Engine, files: dict[str, Path]
 ) -> None:
-    """safetensors maps files into memory: in a process of its own, which may die."""
-    drafter = Path(shutil.copytree(tiny_drafter, tmp_path / "drafter"))
-    before, after, drafted, in_the_end = run_python(_WEIGHTS, tiny_target, drafter)
-    assert before == after and in_the_end == 2 * drafted > 0
-
-
-def test_a_cache_that_cannot_be_written(
-    tiny_target: Path,
-    tiny_drafter: Path,
-    expected: list[list[int]],
-    tmp_path: Path,
-    said: Log,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Costs are measured, used, and not kept; that is said once."""
-    from vllm_dspark.integration import profiling
-
-    profile = profiling.profile
-    monkeypatch.setattr(
-        profiling, "profile", lambda *a, **k: profile(*a, budget=1.0, **k)
-    )
-    (tmp_path / "a file").write_text("")
-    monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path / "a file" / "cache"))
-    ours = {"dspark": {"policy": "adaptive"}}
-    with engine(tiny_target, tiny_drafter, additional_config=ours) as eng:
-        assert [t.tokens for t in drive(eng, ARRIVALS)] == expected
-        assert eng.scheduler.controller.adapts
-    (warning,) = said
-    assert "not kept" in warning and "a file/cache" in warning
+    """They are copies: safetensors maps a file into memory, and a mapped file that is
+    overwritten in place, as by ``cp``, kills the process (SIGBUS)."""
+    folder = files["drafter"]
+    assert str(folder) in mapped_file(load_state(folder)["fc.weight"])
+    model = dspark.runner.drafter.model
+    head = [v for v in vars(model.head).values() if isinstance(v, torch.Tensor)]
+    assert len(head) >= 4
+    for tensor in [*model.parameters(), *model.buffers(), *head]:
+        assert str(folder) not in mapped_file(tensor)
 
 
 # ---- between the processes ----
@@ -298,7 +271,32 @@ def test_clocks_that_jump(
     assert controller.live.error() < 10
 
 
-# ---- the drafter ----
+# ---- with an engine of their own, which ends the one above ----
+
+
+def test_a_cache_that_cannot_be_written(
+    tiny_target: Path,
+    tiny_drafter: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    said: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Costs are measured, used, and not kept; that is said once."""
+    from vllm_dspark.integration import profiling
+
+    profile = profiling.profile
+    monkeypatch.setattr(
+        profiling, "profile", lambda *a, **k: profile(*a, budget=1.0, **k)
+    )
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path / "a file" / "cache"))
+    ours = {"dspark": {"policy": "adaptive"}}
+    with engine(tiny_target, tiny_drafter, additional_config=ours) as eng:
+        assert [t.tokens for t in drive(eng, ARRIVALS)] == expected
+        assert eng.scheduler.controller.adapts
+    (warning,) = said
+    assert "not kept" in warning and "a file/cache" in warning
 
 
 def test_a_drafter_that_raises_ends_the_engine(

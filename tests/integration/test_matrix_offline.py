@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.integration.engine import Engine, engine
-from tests.integration.test_adaptive import adaptive, cost_table, dear, jagged
+from tests.integration.test_adaptive import adaptive, cost_table, dear, free, jagged
 from tests.tiny import make_tiny_drafter, make_tiny_target
 from tests.tiny_lora import make_tiny_lora
 from tests.tiny_quantized import quantize_target
@@ -95,10 +95,7 @@ def test_lora(
         model = eng.runner.drafter.model
         layers = (model.lm_head, model.model.embed_tokens)
         assert not any("LoRA" in type(layer).__name__ for layer in layers)
-    texts = [adapted[i::3] for i in range(3)]
-    assert all(
-        len({tuple(text) for text in same}) == 3 for same in zip(*texts, strict=True)
-    ), "an adapter has no effect"
+    assert len({str(adapted[i::3]) for i in range(3)}) == 3, "an adapter has no effect"
 
 
 # ---- priorities ----
@@ -126,12 +123,13 @@ def by_priority(eng: Engine) -> tuple[list[list[int]], list[int], int]:
 
 @pytest.mark.parametrize("seconds", [dear, jagged], ids=lambda f: f.__name__)
 def test_priorities(pair: tuple[Path, Path], tmp_path: Path, seconds: Any) -> None:
-    """Three places, and K/V blocks for little more than two of the longest."""
+    """Three places, and K/V blocks for the longest prompt and one other."""
     few = {
         "scheduling_policy": "priority",
         "max_num_seqs": 3,
+        "max_model_len": 128,
         "block_size": 32,
-        "num_gpu_blocks_override": 8,
+        "num_gpu_blocks_override": 6,
     }
     with engine(pair[0], **few) as plain:
         expected, _, _ = by_priority(plain)
@@ -196,7 +194,7 @@ def test_a_goal_that_is_none_is_refused(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_quantised_target(tmp_path: Path, table: str, dtype: str) -> None:
+def test_a_quantised_target(tmp_path: Path, dtype: str) -> None:
     """Eight-bit weights and activations; the drafter stays as it is.
 
     In bfloat16 the texts are equal as well: a row's result hangs on no other row.
@@ -208,7 +206,7 @@ def test_a_quantised_target(tmp_path: Path, table: str, dtype: str) -> None:
         expected = plain.tokens(PROMPTS, greedy())
         layer = plain.runner.model.model.layers[0].self_attn.qkv_proj
         assert type(layer.scheme).__name__ == "CompressedTensorsW8A8Int8"
-    with adaptive((target, drafter), table, dtype=dtype) as eng:
+    with adaptive((target, drafter), cost_table(tmp_path, free), dtype=dtype) as eng:
         assert eng.tokens(PROMPTS, greedy()) == expected
         assert eng.stats().accepted > 3
 

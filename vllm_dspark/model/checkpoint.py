@@ -103,9 +103,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a checkpoint; those of `OPTIONAL` may be absent."""
-    with torch.device("meta"):
-        state = Drafter(config).state_dict()
+    """Shapes of all tensors of a checkpoint; those of `OPTIONAL` may be absent.
+
+    Raises:
+        ValueError: a tensor would have more elements than can be counted.
+    """
+    try:
+        with torch.device("meta"):
+            state = Drafter(config).state_dict()
+    except RuntimeError as error:
+        raise ValueError(f"no drafter can have these dimensions: {config}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if config.has_reduced_vocab:
         shapes[D2T] = (config.draft_vocab_size,)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_file(file: Path) -> dict[str, TensorHeader]:
-    if not file.is_file():
+    if not os.path.isfile(file):  # pathlib's raises for a name that is too long
         raise ValueError(f"{file} is missing; download the checkpoint again")
     size = file.stat().st_size
     with file.open("rb") as stream:

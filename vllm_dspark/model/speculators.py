@@ -82,14 +82,21 @@ def to_deepspec(
     """
     core = {key: value for key, value in raw.items() if key != FROM_DEEPSPEC}
     _check_expressible(core, source)
-    config = _apply(_deepspec(core), raw.get(FROM_DEEPSPEC, {}), source)
+    try:
+        config = _apply(_deepspec(core), raw.get(FROM_DEEPSPEC, {}), source)
+        back = _difference(_speculators(config), core, nested=True)
+    except (TypeError, KeyError) as error:  # of a record that was edited
+        raise ValueError(
+            f"{source}: {FROM_DEEPSPEC!r} is no record of a conversion ({error!r}); "
+            "remove it"
+        ) from error
     record: Config = {}
     if num_target_layers is not None and LAYERS not in config:
         config[LAYERS] = num_target_layers
         record["added"] = [LAYERS]
     if not has_t2d:
         record["without"] = ["t2d"]
-    record = _difference(_speculators(config), core, nested=True) | record
+    record = back | record
     return config | ({FROM_SPECULATORS: record} if record else {})
 
 
@@ -184,8 +191,8 @@ def _check_expressible(spec: Mapping[str, Any], source: str) -> None:
     def fail(problem: str) -> ValueError:
         return ValueError(f"{source}: {problem}")
 
-    if spec[KIND] != "dspark":
-        raise fail(f"{KIND!r} is {spec[KIND]!r}; only 'dspark' folders are read")
+    if spec.get(KIND) != "dspark":
+        raise fail(f"{KIND!r} is {spec.get(KIND)!r}; only 'dspark' folders are read")
     objects = (LAYER, "speculators_config")
     bad = [key for key in objects if not isinstance(spec.get(key), Mapping)]
     bad += [key for key in _REQUIRED if spec.get(key) is None]
@@ -198,7 +205,7 @@ def _check_expressible(spec: Mapping[str, Any], source: str) -> None:
             "of hidden states, 0 for the embeddings"
         )
     names = spec.get("architectures") or []
-    if not set(names) <= set(_ARCHITECTURES):
+    if not isinstance(names, list) or not all(n in _ARCHITECTURES for n in names):
         raise fail(f"'architectures' is {names!r}; expected {[_ARCHITECTURES[0]]!r}")
     if spec.get("sample_from_anchor") is not True:
         raise fail(
@@ -206,7 +213,10 @@ def _check_expressible(spec: Mapping[str, Any], source: str) -> None:
             "absent, as vLLM reads it): a block whose anchor drafts nothing cannot be "
             "expressed in DeepSpec's layout, and vllm-dspark does not serve it"
         )
-    sliding = SLIDING_ATTENTION in (spec[LAYER].get("layer_types") or [])
+    types = spec[LAYER].get("layer_types") or []
+    if not isinstance(types, list):
+        raise fail(f"'layer_types' is {types!r}; it must be a list of names")
+    sliding = SLIDING_ATTENTION in types
     if sliding and spec.get("sliding_window_non_causal"):
         raise fail(
             "'sliding_window_non_causal' is true with sliding layers, which cannot be "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 SERVER = "integration/test_matrix_server.py"
 OFFLINE = "integration/test_matrix_offline.py"
 SCHEDULES = "integration/test_drafter_schedules.py"
+STRUCTURED = "integration/test_structured_output.py"
 FEATURES = "integration/test_sampling_features.py"
 
 
@@ -21,7 +22,7 @@ class Row:
 
     Args:
         feature: what is combined with DSpark.
-        tests: under ``tests/``; ``FILE::FUNCTION``, with a parameter in brackets or not.
+        tests: under ``tests/``; ``FILE::FUNCTION``, perhaps with a parameter.
         state: ``yes``, or what vLLM says where it does not serve it here.
     """
 

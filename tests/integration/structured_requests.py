@@ -108,6 +108,7 @@ def _request(source: random.Random, number: int, kind: Kind) -> Form:
     else:
         function = {"name": "act", "parameters": schema}
         settings["tools"] = [{"type": "function", "function": function}]
-        settings["tool_choice"] = "required"
+        named = {"type": "function", "function": {"name": "act"}}
+        settings["tool_choice"] = named if number % 4 < 2 else "required"
         settings["parallel_tool_calls"] = False
     return Form(kind, not number % 2, schema, settings)

@@ -169,17 +169,27 @@ SCHEMA = {
     "additionalProperties": False,
 }
 REGEX = "[a-f]{4,20}-[0-9]{3}"
+ENDS = {"ignore_eos": False}  # a grammar's end is the end token
 
 
 def json_schema(arm: Arm) -> tuple[Any, ...]:
-    form = {"name": "x", "schema": SCHEMA}
-    return said(arm.chat(response_format={"type": "json_schema", "json_schema": form}))
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    return said(arm.chat(response_format=form, max_tokens=80, own=ENDS))
 
 
 def regex(arm: Arm) -> tuple[str, str]:
-    # The grammar's end is the end token.
-    own = {"structured_outputs": {"regex": REGEX}, "ignore_eos": False}
-    return only(arm.complete(own=own))
+    return only(arm.complete(own={"structured_outputs": {"regex": REGEX}, **ENDS}))
+
+
+def tools_required(arm: Arm) -> tuple[Any, ...]:
+    asked = {"tools": TOOLS[1:], "tool_choice": "required", "max_tokens": 190}
+    return said(arm.chat(**asked, parallel_tool_calls=False, own=ENDS))
+
+
+def min_tokens(arm: Arm) -> tuple[str, str]:
+    """Two stop strings, the first of which comes too early."""
+    text = plain_text(arm)
+    return only(arm.complete(stop=[text[3], text[20]], own={"min_tokens": 12}))
 
 
 def ends_at_once(arm: Arm) -> list[tuple[str, str, int]]:
@@ -225,16 +235,12 @@ FEATURES: dict[str, Callable[[Arm], Any]] = {
     "logit_bias": lambda arm: only(
         arm.complete(logit_bias={str(i): -6 for i in range(10, 128, 11)})
     ),
-    "min_tokens": lambda arm: only(
-        arm.complete(stop=[plain_text(arm)[3]], own={"min_tokens": 12})
-    ),
+    "min_tokens": min_tokens,
     "stop": lambda arm: only(arm.complete(stop=[plain_text(arm)[9:12]])),
     "json_schema": json_schema,
     "regex": regex,
     "tools_auto": lambda arm: said(arm.chat(tools=TOOLS, tool_choice="auto")),
-    "tools_required": lambda arm: said(
-        arm.chat(tools=TOOLS[1:], tool_choice="required", max_tokens=120)
-    ),
+    "tools_required": tools_required,
     "priority": lambda arm: only(arm.complete(own={"priority": -3})),
     "lora": lambda arm: only(arm.complete(model="lora")),
     "one_token": one_token,
@@ -270,7 +276,7 @@ def test_every_feature_has_an_effect(answers: dict[str, Any]) -> None:
     changed = [answers[name][0] for name in CHANGING]
     assert len({text, *changed}) == len(CHANGING) + 1
     assert answers["stop"][1] == answers["min_tokens"][1] == "stop"
-    assert len(answers["min_tokens"][0]) > 12 > len(answers["stop"][0])
+    assert len(answers["min_tokens"][0]) >= 12 > len(answers["stop"][0])
     assert set(json.loads(answers["json_schema"][0])) == {"kind", "name"}
     assert re.fullmatch(REGEX, answers["regex"][0])
     assert [name for name, _ in answers["tools_required"][1]] == ["clock"]

@@ -49,9 +49,7 @@ ROWS = (
     _served("min and max tokens", "min_tokens", f"{FEATURES}::test_all_greedy"),
     _served("stop strings and tokens", "stop", f"{FEATURES}::test_all_greedy"),
     _served("JSON schema", "json_schema", f"{SERVER}::test_structured_output"),
-    _served(
-        "regex, choice", "regex", "integration/test_structured_output.py::test_greedy"
-    ),
+    _served("regex, choice", "regex", f"{STRUCTURED}::test_greedy"),
     _served(
         "tool calls (`--enable-auto-tool-choice`)",
         "tools_auto",

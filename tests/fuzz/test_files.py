@@ -121,6 +121,16 @@ def test_times_of_a_clock_that_jumps(
     assert math.isnan(live.error()) or live.error() >= 0
 
 
+@pytest.mark.parametrize("seconds", [1.7e308, 1e9, 3601.0, 0.0, -1e9, math.nan])
+def test_times_that_no_step_takes(seconds: float) -> None:
+    """However often they come: a machine may get slower, but not that slow."""
+    live = LiveCost(CONTENT.table)
+    for _ in range(40):
+        live.observe(4, 0, seconds)
+        live.observe_draft(2, 3, seconds)
+    assert live.snapshot() == CONTENT.table and live.observed == 0
+
+
 # ---- drafters ----
 
 

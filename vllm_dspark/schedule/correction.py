@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dspark.schedule.cost import CostTable
+from vllm_dspark.schedule.cost import SECONDS, CostTable
 from vllm_dspark.schedule.robust_filter import RobustFilter
 from vllm_dspark.schedule.step import Floats
 
@@ -88,7 +88,7 @@ class LiveCost:
             context_tokens: context read by attention, summed over the step's requests.
             seconds: what the step took, drafting not included.
         """
-        if not (batch_tokens >= 1 and 0 < seconds < math.inf):
+        if not (batch_tokens >= 1 and _can_be(seconds)):
             return
         found = self._steps.get(batch_tokens)
         if found is None:
@@ -110,7 +110,7 @@ class LiveCost:
 
     def observe_draft(self, num_reqs: int, positions: int, seconds: float) -> None:
         """Learn from one drafting (0 positions: context K/V upkeep alone)."""
-        if not (num_reqs >= 1 and positions >= 0 and 0 < seconds < math.inf):
+        if not (num_reqs >= 1 and positions >= 0 and _can_be(seconds)):
             return
         found = self._drafts.get((num_reqs, positions))
         if found is None:
@@ -181,6 +181,11 @@ class LiveCost:
         columns = _between([k + 1 for k in self._columns], positions + 1)
         row[self._context + 1 :] = np.kron(_between(self._rows, num_reqs), columns)
         return row
+
+
+def _can_be(seconds: float) -> bool:
+    """False also for NaN, and for what a clock that jumps makes of a step."""
+    return SECONDS[0] <= seconds <= SECONDS[1]
 
 
 def _thin(values: Sequence[int], most: int) -> list[int]:

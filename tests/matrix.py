@@ -76,7 +76,11 @@ ROWS = (
             "integration/test_adaptive.py::test_the_text_is_that_without_speculation",
         ),
     ),
-    _served("prompts of one token", "one_token"),
+    _served(
+        "prompts of one token, or with one left by the prefix cache",
+        "one_token",
+        f"{OFFLINE}::test_one_token_left",
+    ),
     _served("empty answers, stop at the first token", "ends_at_once"),
     _served(
         "context to the model's limit",

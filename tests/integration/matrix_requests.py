@@ -173,7 +173,7 @@ FEATURES: dict[str, Callable[[Arm], Any]] = {
         arm.complete(own={"bad_words": re.findall(r"\w", plain_text(arm))[1:9:2]})
     ),
     "logit_bias": lambda arm: only(
-        arm.complete(logit_bias={str(i): -6 for i in range(10, 128, 11)})
+        arm.complete(logit_bias={str(i): -6 for i in range(4, 128, 3)})
     ),
     "min_tokens": min_tokens,
     "stop": lambda arm: only(arm.complete(stop=[plain_text(arm)[9:12]])),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.integration.engine import Engine, engine
+from tests.integration.recorder import drive, prompt
 from tests.integration.test_adaptive import adaptive, cost_table, dear, free, jagged
 from tests.tiny import make_tiny_drafter, make_tiny_target
 from tests.tiny_lora import make_tiny_lora
@@ -158,15 +159,19 @@ def served_with(eng: Engine, table: str, everyone: float, own: Any) -> Totals:
 
 
 def test_a_requests_own_goal_is_as_good_as_everyones(
-    pair: tuple[Path, Path], table: str
+    pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    """Where a step of B tokens takes B seconds throughput alone verifies next to
+    nothing; eight requests without drafts get 0.125 tokens/s each."""
+    table = cost_table(tmp_path, dear)
     with adaptive(pair, table) as eng:
         no_goal = served_with(eng, table, 0.0, None)
-        everyone = served_with(eng, table, 7.0, None)
-        own = served_with(eng, table, 0.0, 7.0)
-        waived = served_with(eng, table, 7.0, 0.0)
+        everyone = served_with(eng, table, 0.16, None)
+        own = served_with(eng, table, 0.0, 0.16)
+        waived = served_with(eng, table, 0.16, 0.0)
     assert own.verify_lens == everyone.verify_lens != no_goal.verify_lens
     assert own.draft_lens == everyone.draft_lens
+    assert own.verified > 2 * no_goal.verified
     assert waived.verify_lens == no_goal.verify_lens
 
 
@@ -188,6 +193,30 @@ def test_a_goal_that_is_none_is_refused(
     greedy(extra_args={"slo_tps": 12, "of another": "plugin"})._validate_spec_decode(
         spec
     )
+
+
+# ---- prompts of which one token is left ----
+
+
+@pytest.mark.parametrize("policy", ["fixed", "adaptive"])
+def test_one_token_left(pair: tuple[Path, Path], table: str, policy: str) -> None:
+    """Into a running batch comes a prompt of one token, and then one of which all but
+    one token is in the prefix cache: vLLM pads such requests with drafts of -1."""
+    arrivals = [
+        (0, prompt(10), greedy()),
+        (0, prompt(65), greedy()),
+        (3, [5], greedy()),
+        (8, prompt(65), greedy()),
+    ]
+    sizes = {"block_size": 32, "enable_prefix_caching": True}
+    with engine(pair[0], **sizes) as plain:
+        expected = [text.tokens for text in drive(plain, arrivals)]
+    ours = {"dspark": {"policy": policy, "cost_table": table}}
+    with engine(*pair, additional_config=ours, **sizes) as eng:
+        texts = drive(eng, arrivals)
+        assert eng.stats().accepted > 3
+    assert [text.tokens for text in texts] == expected
+    assert [text.cached for text in texts] == [0, 0, 0, 64]
 
 
 # ---- numbers of less precision ----

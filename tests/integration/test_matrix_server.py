@@ -204,4 +204,6 @@ def test_a_killed_worker_ends_the_server(
         for _ in range(240):
             chosen.server.check_alive()
             time.sleep(0.25)
-    assert "EngineDeadError" in str(ended.value) or "died" in str(ended.value)
+    assert "last lines of" in str(ended.value)
+    log = chosen.server.log.read_text()
+    assert "died unexpectedly" in log and "EngineCore encountered a fatal error" in log

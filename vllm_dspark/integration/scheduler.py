@@ -42,6 +42,13 @@ class DSparkScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.dynamic_sd_lookup is None:
+            # Otherwise vLLM gives a request with one token left to compute (a short
+            # prompt, or all but one found in the prefix cache) K drafts of -1, for the
+            # sake of CUDA graphs: rows that nobody drafted and nobody can verify.
+            # The table is "dynamic K by batch size", which `schedule` decides below.
+            most = self.scheduler_config.max_num_seqs
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (most + 1)
         # c_1..c_K of the drafts a request will verify next, by request id.
         self.draft_confidences: dict[str, np.ndarray] = {}
         self.controller = build_controller(self.vllm_config, self.num_spec_tokens)

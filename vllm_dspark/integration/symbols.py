@@ -113,6 +113,11 @@ SYMBOLS: tuple[Symbol, ...] = (
     # scheduler
     _s(_SCHEDULER, None, "subclassed"),
     _s(
+        "vllm.v1.core.sched.scheduler:build_dynamic_sd_schedule_lookup",
+        None,
+        "stands for the scheduler's dynamic_sd_lookup, which is set: no padding",
+    ),
+    _s(
         _SCHEDULER + ".update_draft_token_ids",
         "draft_token_ids",
         "overridden: confidences arrive here",

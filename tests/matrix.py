@@ -61,7 +61,7 @@ ROWS = (
     _served(
         "a request's own `slo_tps`",
         "goal",
-        f"{OFFLINE}::test_a_requests_own_goal_is_as_good_as_everyones",
+        f"{OFFLINE}::test_a_requests_own_goal",
     ),
     Row("all of these in one batch", (f"{SERVER}::test_everything_at_once",)),
     Row("prefix caching", (f"{SCHEDULES}::test_prefix_hits_bring_their_context",)),

@@ -48,28 +48,34 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def adapters(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """None and two adapters, the second of which changes the LM head as well."""
+    """Two adapters, the second of which changes the LM head as well."""
     from vllm.lora.request import LoRARequest
 
     folder = tmp_path_factory.mktemp("adapters")
     a = make_tiny_lora(folder / "a", tiny_target, seed=1)
     b = make_tiny_lora(folder / "b", tiny_target, seed=2, lm_head=True)
-    return [None, LoRARequest("a", 1, str(a)), LoRARequest("b", 2, str(b))]
+    return [LoRARequest("a", 1, str(a)), LoRARequest("b", 2, str(b))]
 
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 
 
-def with_adapters(eng: Engine, adapters: list[Any]) -> list[list[int]]:
-    """Every prompt with every adapter, all in one batch."""
+def with_adapters(eng: Engine, adapters: list[Any]) -> list[list[list[int]]]:
+    """Texts by adapter, the last ones without any.
+
+    Those are a batch of their own: on CPU vLLM 0.32 gives rows without an adapter,
+    beside rows that have one, the last adapter (its index of -1 is Python's).
+    """
     rows = [{"prompt_token_ids": p} for p in PROMPTS for _ in adapters]
     chosen = adapters * len(PROMPTS)
     outputs = eng.llm.generate(rows, greedy(), use_tqdm=False, lora_request=chosen)
-    return [list(o.outputs[0].token_ids) for o in outputs]
+    texts = [list(o.outputs[0].token_ids) for o in outputs]
+    n = len(adapters)
+    return [texts[i::n] for i in range(n)] + [eng.tokens(PROMPTS, greedy())]
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny_target: Path, adapters: list[Any]) -> list[list[int]]:
+def adapted(tiny_target: Path, adapters: list[Any]) -> list[list[list[int]]]:
     with engine(tiny_target, **LORA) as plain:
         return with_adapters(plain, adapters)
 
@@ -80,7 +86,7 @@ def test_lora(
     tmp_path: Path,
     table: str,
     adapters: list[Any],
-    adapted: list[list[int]],
+    adapted: list[list[list[int]]],
     draft_vocab_size: int | None,
 ) -> None:
     """Embeddings and LM head that the drafter shares are the target's without them."""
@@ -96,7 +102,7 @@ def test_lora(
         model = eng.runner.drafter.model
         layers = (model.lm_head, model.model.embed_tokens)
         assert not any("LoRA" in type(layer).__name__ for layer in layers)
-    assert len({str(adapted[i::3]) for i in range(3)}) == 3, "an adapter has no effect"
+    assert len(set(map(str, adapted))) == 3, "an adapter has no effect"
 
 
 # ---- priorities ----
@@ -145,34 +151,29 @@ def test_priorities(pair: tuple[Path, Path], tmp_path: Path, seconds: Any) -> No
 # ---- goals of requests ----
 
 
-def served_with(eng: Engine, table: str, everyone: float, own: Any) -> Totals:
-    """What a fresh controller did for the prompts, with a goal of either kind."""
+def served_with(eng: Engine, table: str, everyone: float, own: list[Any]) -> Totals:
+    """What a fresh controller did for requests with goals of their own, or None."""
     from vllm_dspark.schedule import cost_file
 
     controller = Controller(5, DSparkOptions(slo_tps=everyone))
     controller.price(cost_file.read(Path(table)).table)
     controller.timed = lambda *args: None
     eng.scheduler.controller = controller
-    extra = None if own is None else {"slo_tps": own}
-    eng.tokens(PROMPTS * 2, greedy(extra_args=extra))
+    extra = [None if goal is None else {"slo_tps": goal} for goal in own]
+    eng.tokens(PROMPTS * 2, [greedy(extra_args=args) for args in extra])
     return controller.totals
 
 
-def test_a_requests_own_goal_is_as_good_as_everyones(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """Where a step of B tokens takes B seconds throughput alone verifies next to
-    nothing; eight requests without drafts get 0.125 tokens/s each."""
+def test_a_requests_own_goal(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where a step of B tokens takes B seconds throughput alone verifies nothing, and
+    eight requests get 0.125 tokens/s each; one of them shall get 0.16."""
     table = cost_table(tmp_path, dear)
     with adaptive(pair, table) as eng:
-        no_goal = served_with(eng, table, 0.0, None)
-        everyone = served_with(eng, table, 0.16, None)
-        own = served_with(eng, table, 0.0, 0.16)
-        waived = served_with(eng, table, 0.16, 0.0)
-    assert own.verify_lens == everyone.verify_lens != no_goal.verify_lens
-    assert own.draft_lens == everyone.draft_lens
-    assert own.verified > 2 * no_goal.verified
-    assert waived.verify_lens == no_goal.verify_lens
+        nobody = served_with(eng, table, 0.0, [None] * 8)
+        one = served_with(eng, table, 0.0, [0.16] + [None] * 7)
+        others_waive = served_with(eng, table, 0.16, [None] + [0.0] * 7)
+    assert one.verified > nobody.verified + 5
+    assert one.verify_lens == others_waive.verify_lens
 
 
 @pytest.mark.parametrize("goal", ["fast", -1, float("nan"), True, [5]])

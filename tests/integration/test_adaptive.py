@@ -37,11 +37,11 @@ BLOCK = 32
 KEY = CostKey("t", "d", "float32", "made up", 1, "0", False, 1)
 
 
-def cost_table(folder: Path, seconds: Callable[[int], float]) -> str:
-    """A file in which a step of B tokens takes ``seconds(B)``; so does drafting."""
+def table_of(seconds: Callable[[int], float]) -> CostTable:
+    """A step of B tokens takes ``seconds(B)``; so does drafting."""
     drafting = (1e-4, 1e-4 + 0.2 * (seconds(6) - seconds(1)))
     tokens = tuple(range(1, 65))
-    table = CostTable(
+    return CostTable(
         tokens,
         tuple(float(s) for s in map(seconds, tokens)),
         0.0,
@@ -49,8 +49,12 @@ def cost_table(folder: Path, seconds: Callable[[int], float]) -> str:
         (0, 5),
         (drafting, drafting),
     )
+
+
+def cost_table(folder: Path, seconds: Callable[[int], float]) -> str:
+    """A file with such a table."""
     path = folder / "cost.json"
-    write(path, CostFile(KEY, table, {}, {}))
+    write(path, CostFile(KEY, table_of(seconds), {}, {}))
     return str(path)
 
 
@@ -186,16 +190,16 @@ def test_costs_are_measured_once_and_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm_dspark.integration import profiling
+    from vllm_dspark.integration import costs
 
     monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path))
-    profile, measured = profiling.profile, []
+    profile, measured = costs.profile, []
 
     def quickly(*args: Any, **kwargs: Any) -> Any:
         measured.append(profile(*args, budget=1.0, **kwargs))
         return measured[-1]
 
-    monkeypatch.setattr(profiling, "profile", quickly)
+    monkeypatch.setattr(costs, "profile", quickly)
     ours = {"dspark": {"policy": "adaptive"}}
     for _ in range(2):
         with engine(*pair, additional_config=ours) as eng:

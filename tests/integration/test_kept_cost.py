@@ -32,13 +32,11 @@ ADAPTIVE = {"dspark": {"policy": "adaptive"}}
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, a quick profile, and few observations that are enough."""
-    from vllm_dspark.integration import profiling
+    from vllm_dspark.integration import costs
 
-    profile = profiling.profile
+    profile = costs.profile
     monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        profiling, "profile", lambda *a, **k: profile(*a, budget=1.0, **k)
-    )
+    monkeypatch.setattr(costs, "profile", lambda *a, **k: profile(*a, budget=1.0, **k))
     monkeypatch.setattr(cost_keeper, "MIN_OBSERVATIONS", 16)
     # Steps that seem to take a second beside drafts of a moment: nothing fits.
     monkeypatch.setattr(cost_keeper, "MAX_ERROR", math.inf)

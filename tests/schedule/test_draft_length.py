@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.schedule.curves import best_speed, curve
-from vllm_dspark.schedule.draft_length import best_draft_length
+from vllm_dspark.schedule.draft_length import Lengths, best_draft_length
 from vllm_dspark.schedule.step import Floats, Ints, VerifyStep
 
 
@@ -27,7 +27,7 @@ def test_against_all_lengths_and_plans() -> None:
         stairs = np.arange(16) // int(random.integers(1, 5))
         seconds = 1.0 + random.uniform(0.0, 0.4) * stairs
         found = best_draft_length(
-            history, shape[0], shape[0] + 1, curve(seconds), dear, early_stop=False
+            history, shape[0], shape[0] + 1, curve(seconds), dear, Lengths.BUDGETED
         )
         by_hand = [
             best_speed(
@@ -81,7 +81,7 @@ def test_early_stop_predicts_what_plan_would_do() -> None:
     history, cost = np.array([0.9, 0.8]), curve([1.0, 2.0, 2.0])
     free = lambda reqs, k: 0.0 * k  # noqa: E731
     assert best_draft_length(history, 1, 1, cost, free).positions == 0
-    found = best_draft_length(history, 1, 1, cost, free, early_stop=False)
+    found = best_draft_length(history, 1, 1, cost, free, Lengths.BUDGETED)
     assert found.positions == 2
 
 
@@ -118,3 +118,16 @@ def test_errors() -> None:
             best_draft_length(
                 np.zeros(2), 1, 1, flat, lambda reqs, k, s=seconds: s + 0.0 * k
             )
+
+
+def test_where_all_drafts_are_verified_they_are_all_paid_for() -> None:
+    history = np.array([[0.9, 0.5], [0.4, 0.1]])
+    cost = curve(1.0 + 0.5 * np.arange(12))  # of 1, 2, … tokens
+    found = best_draft_length(history, 2, 3, cost, dear, Lengths.ALL)
+    by_hand = [
+        (2 + history[:, :k].sum()) / (1.0 + 0.5 * (2 + 2 * k) + dear(2, np.array(k)))
+        for k in range(3)
+    ]
+    np.testing.assert_allclose(found.throughput, by_hand)
+    trimmed = best_draft_length(history, 2, 3, cost, dear, Lengths.BUDGETED)
+    assert (trimmed.throughput >= found.throughput).all()

@@ -106,6 +106,11 @@ class DriftingMaps:
         mapped: Floats = x + (slope * x + bias)
         return mapped
 
+    def coefficients(self) -> tuple[Floats, Floats]:
+        """Slopes and biases ``[K]`` of confidences, as `logits` applies them."""
+        bias, slope = self._theta[:, CONFIDENCE]
+        return 1 + slope, bias
+
     def rates(self, width: int) -> Floats:
         """``[k]`` logits of history's first ``width`` positions, less the prior's."""
         return self._theta[0, HISTORY, :width]

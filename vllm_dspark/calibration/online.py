@@ -35,7 +35,7 @@ from vllm_dspark.calibration.drift import (
 from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.rounds import Floats, Ints, survival
 from vllm_dspark.calibration.scaling import sigmoid
-from vllm_dspark.calibration.start import StartingMaps
+from vllm_dspark.calibration.start import MAX_LOGIT, StartingMaps
 from vllm_dspark.calibration.window import CalibrationWindow
 
 
@@ -79,6 +79,23 @@ class Prediction:
     usable: NDArray[np.bool_]
     rows: Ints
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SurvivalMaps:
+    """What `OnlineSurvival.apply` does to usable confidences, to be done elsewhere.
+
+    With x the logit of c_k within ±``limit``: y = x·first + second, within ±``limit``;
+    the calibrated c_k is σ(y·slope + bias).
+
+    Shape: first, second, bias ``[R, K]``; slope ``[K]``; all float32.
+    """
+
+    first: NDArray[np.float32]
+    second: NDArray[np.float32]
+    slope: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    limit: float
 
 
 class OnlineSurvival:
@@ -157,6 +174,22 @@ class OnlineSurvival:
         if not whole:
             p = np.where(usable, p, self._from_history(rows, p.shape[1]))
         return self._prediction(ids, p, x, usable, rows)
+
+    def maps(
+        self, ids: Sequence[Hashable], temperatures: Sequence[float]
+    ) -> SurvivalMaps:
+        """The maps of a batch as they stand now; arguments as of `apply`."""
+        rows = self._find(ids, temperatures)
+        first, second = self._start_maps.coefficients(self._setting[rows])
+        slope, bias = self._maps.coefficients()
+        own = bias + self._offsets.of(CONFIDENCE, rows)
+        return SurvivalMaps(
+            first.astype(np.float32),
+            second.astype(np.float32),
+            slope.astype(np.float32),
+            own.astype(np.float32),
+            MAX_LOGIT,
+        )
 
     def _prediction(
         self,

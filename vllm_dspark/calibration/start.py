@@ -17,8 +17,8 @@ from vllm_dspark.calibration.scaling import identity
 
 # Outcomes cannot confirm confidences nearer to 0 or 1 than these logits (0.9997), and
 # a single one beyond would outweigh everything else in the regression.
-_MAX_LOGIT = 8.0
-_EDGE = float(1 / (1 + np.exp(_MAX_LOGIT)))
+MAX_LOGIT = 8.0
+_EDGE = float(1 / (1 + np.exp(MAX_LOGIT)))
 
 
 class StartingMaps:
@@ -51,6 +51,10 @@ class StartingMaps:
         chosen = self._calibration.scaling(temperature)
         return next(i for i, s in enumerate(self._scalings) if s is chosen)
 
+    def coefficients(self, settings: Ints) -> tuple[Floats, Floats]:
+        """Slopes and biases ``[R, K]`` of rows of settings ``[R]``."""
+        return self._slope[settings], self._bias[settings]
+
     def logits(self, confidence: NDArray[np.floating[Any]], settings: Ints) -> Floats:
         """Logits within ±8 of ``confidence`` [R, k], by each row's setting ``[R]``."""
         c = np.minimum(np.maximum(confidence.astype(np.float64), _EDGE), 1 - _EDGE)
@@ -59,5 +63,5 @@ class StartingMaps:
             return x
         k = x.shape[1]
         x = x * self._slope[settings, :k] + self._bias[settings, :k]
-        mapped: Floats = np.minimum(np.maximum(x, -_MAX_LOGIT), _MAX_LOGIT)
+        mapped: Floats = np.minimum(np.maximum(x, -MAX_LOGIT), MAX_LOGIT)
         return mapped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,38 @@ from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.integration.config import drafter_folder, options
 from vllm_dspark.integration.say import log_like_vllm
 from vllm_dspark.model.checkpoint import weights_hash
+from vllm_dspark.schedule.budgeting import BudgetController
 from vllm_dspark.schedule.controller import Controller
+from vllm_dspark.schedule.draft_length import Lengths
 
 logger = logging.getLogger("vllm_dspark")
 
 
-def build_controller(vllm_config: Any, width: int) -> Controller:
-    """For an engine that drafts ``width`` tokens at most."""
+def build_controller(
+    vllm_config: Any, width: int, lengths: Lengths = Lengths.PLANNED
+) -> Any:
+    """For an engine that drafts ``width`` tokens at most.
+
+    Args:
+        vllm_config: vLLM's.
+        width: γ.
+        lengths: how verify lengths will come about.
+
+    Returns:
+        A `Controller`; a `BudgetController` if lengths are budgeted.
+    """
     log_like_vllm()  # the scheduler's process may be another than the worker's
     chosen = options(vllm_config)
     folder = Path(drafter_folder(vllm_config.speculative_config))
     calibration = load_calibration(folder, chosen.calibration)
+    make = partial(Controller, width, chosen, lengths=lengths)
+    if lengths is Lengths.BUDGETED:
+        make = partial(BudgetController, width, chosen)
     try:
-        return Controller(width, chosen, calibration)
+        return make(calibration)
     except ValueError as error:  # it covers fewer positions
         logger.warning("DSpark: the calibration is ignored: %s", error)
-        return Controller(width, chosen)
+        return make()
 
 
 def load_calibration(folder: Path, named: str | None) -> Calibration | None:

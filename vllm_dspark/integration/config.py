@@ -73,9 +73,9 @@ def activate(vllm_config: Any) -> None:
     """
     compat.require()
     chosen = options(vllm_config)
-    _check_folders({"trace": chosen.trace, "step_log": chosen.step_log})
+    check_folders({"trace": chosen.trace, "step_log": chosen.step_log})
     check_files({"calibration": chosen.calibration, "cost_table": chosen.cost_table})
-    _check_policy(vllm_config.speculative_config, chosen.policy)
+    check_policy(vllm_config.speculative_config, chosen.policy)
     if chosen.rejection_kernel == "vllm":
         raise ValueError(
             "dspark option 'rejection_kernel' is 'vllm', which only the V2 runner has: "
@@ -91,7 +91,7 @@ def activate(vllm_config: Any) -> None:
     patches.activate()
 
 
-def _check_folders(named: dict[str, str | None]) -> None:
+def check_folders(named: dict[str, str | None]) -> None:
     """Files that are written: their folders must be there."""
     for name, path in named.items():
         if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
@@ -102,6 +102,7 @@ def _check_folders(named: dict[str, str | None]) -> None:
 
 
 def check_files(named: dict[str, str | None]) -> None:
+    """Files that are read: they must be there."""
     for name, path in named.items():
         if path is not None and not os.path.isfile(path):
             raise ValueError(
@@ -109,7 +110,8 @@ def check_files(named: dict[str, str | None]) -> None:
             )
 
 
-def _check_policy(speculative_config: Any, policy: str) -> None:
+def check_policy(speculative_config: Any, policy: str) -> None:
+    """ValueError where vLLM's switch asks for another policy than ours."""
     if speculative_config.enable_adaptive_verification and policy != "adaptive":
         raise ValueError(
             f"enable_adaptive_verification is true, but dspark option 'policy' is "

@@ -1,12 +1,14 @@
-"""A step that was built and is under way."""
+"""A step of the engine: as it was decided, and as it went."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vllm_dspark.calibration.online import Prediction
+from vllm_dspark.integration.report import StepReport
 from vllm_dspark.schedule.drafting import Reason
 
 
@@ -16,8 +18,11 @@ class Planned:
 
     Args:
         ids: the R requests that decode in it.
+        temperatures: ``[R]``.
         num_drafts: ``[R]`` drafts that were at hand.
-        made: by what verify lengths were chosen; None without drafts.
+        drafted_in: ``[R]`` numbers of the steps that made them, -1 for none.
+        made: by what verify lengths were chosen; None without drafts, or where the
+            device chose.
         context_tokens: tokens that the R requests attend to.
         positions: drafted at its end.
         reason: why so many.
@@ -26,10 +31,75 @@ class Planned:
     """
 
     ids: tuple[str, ...]
+    temperatures: tuple[float, ...]
     num_drafts: np.ndarray
+    drafted_in: np.ndarray
     made: Prediction | None
     context_tokens: int
     positions: int
     reason: Reason
     overhead: float | None
     built: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the drafts of a step.
+
+    Shape: verified, accepted ``[R]`` drafts; emitting ``[R]``, 1 for a request that
+    emitted tokens. Rows as ``Planned.ids``.
+    """
+
+    verified: np.ndarray
+    accepted: np.ndarray
+    emitting: np.ndarray
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that has been computed.
+
+    Args:
+        planned: what was decided.
+        requests: of the decoding ones, those that took part.
+        tokens: computed by the target.
+        prompt_tokens: of them, those of requests that do not decode.
+        verified: drafts among them.
+        emitted: tokens that came out.
+        report: the worker's.
+    """
+
+    planned: Planned
+    requests: int
+    tokens: int
+    prompt_tokens: int
+    verified: int
+    emitted: int
+    report: StepReport
+
+
+def done(planned: Planned, step: Any, output: Any, report: StepReport) -> Done:
+    """What a step was, from vLLM's side of it.
+
+    Args:
+        planned: what was decided.
+        step: vLLM's ``SchedulerOutput``.
+        output: vLLM's ``ModelRunnerOutput``.
+        report: the worker's.
+    """
+    scheduled = step.num_scheduled_tokens
+    decoding = [scheduled[i] for i in planned.ids if i in scheduled]
+    tokens = step.total_num_scheduled_tokens
+    drafts = sum(map(len, step.scheduled_spec_decode_tokens.values()))
+    trimmed = 0
+    if report.verify_lens is not None:  # the device had its say
+        trimmed = drafts - sum(report.verify_lens.values())
+    return Done(
+        planned,
+        len(decoding),
+        tokens - trimmed,
+        tokens - sum(decoding),
+        drafts - trimmed,
+        sum(map(len, output.sampled_token_ids or ())),
+        report,
+    )

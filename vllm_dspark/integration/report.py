@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.outputs import DraftTokenIds
 
+from vllm_dspark.calibration.online import SurvivalMaps
 from vllm_dspark.schedule.cost_file import CostFile
 
 
@@ -41,8 +42,58 @@ class CostReport:
 
 
 @dataclass(frozen=True)
+class DeviceBudget:
+    """How many drafts a step may verify; the device chooses which.
+
+    Args:
+        ids: R requests.
+        reserved: ``[R]`` drafts of each that come first.
+        drafts: further ones, those that survive best.
+        maps: what makes survivals of confidences; None: as they are.
+    """
+
+    ids: tuple[str, ...]
+    reserved: np.ndarray
+    drafts: int
+    maps: SurvivalMaps | None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the worker is told with a step.
+
+    Args:
+        number: of the step, from 0.
+        skip: requests that get no drafts at its end.
+        budget: where the device trims; else everything that is scheduled is verified.
+    """
+
+    number: int
+    skip: frozenset[str] = frozenset()
+    budget: DeviceBudget | None = None
+
+
+@dataclass(frozen=True)
+class Confidences:
+    """Raw confidences of the drafts that one step made.
+
+    Args:
+        number: the step's.
+        ids: its requests.
+        values: ``[R, K]`` float32.
+    """
+
+    number: int
+    ids: tuple[str, ...]
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One step of the worker.
+
+    Where the scheduler does not wait for the device (V2 runner), what is said of
+    drafting is of the step before: its end is not known yet when a step's tokens are.
 
     Args:
         drafts: for the next step, where the executor does not ask for them.
@@ -53,6 +104,8 @@ class StepReport:
         owed_seconds: of context K/V that the step put off, by what it took lately;
             negative for what it wrote for steps before.
         cost: what steps cost, once, with the first step.
+        verify_lens: drafts verified by request, where the device chose.
+        confidences: of drafts made by the step before, where the device trims.
     """
 
     drafts: DraftTokenIds | None
@@ -62,6 +115,8 @@ class StepReport:
     draft_tokens: int
     cost: CostReport | None = None
     owed_seconds: float = 0.0
+    verify_lens: dict[str, int] | None = None
+    confidences: Confidences | None = None
 
 
 def give_report(output: Any, report: StepReport) -> None:
@@ -75,12 +130,12 @@ def take_report(output: Any) -> StepReport | None:
     return report
 
 
-def give_skip(step: Any, requests: frozenset[str]) -> None:
-    """Tell the worker, with the step, which requests get no drafts."""
-    step.dspark_skip = requests
+def give_plan(step: Any, plan: StepPlan) -> None:
+    """Let a plan travel with its step."""
+    step.dspark_plan = plan
 
 
-def take_skip(step: Any) -> frozenset[str]:
-    """The requests that get no drafts."""
-    skip: frozenset[str] = getattr(step, "dspark_skip", frozenset())
-    return skip
+def take_plan(step: Any) -> StepPlan:
+    """The plan that travelled with a step; of vLLM's own steps (dummies), nothing."""
+    plan: StepPlan = getattr(step, "dspark_plan", StepPlan(-1))
+    return plan

@@ -32,7 +32,7 @@ from vllm_dspark.integration import thinking, uniforms
 from vllm_dspark.integration.config import options
 from vllm_dspark.integration.pending import Drafted, PendingDrafts
 from vllm_dspark.integration.proposer import DSparkProposer, StepTokens
-from vllm_dspark.integration.report import DSparkDraftTokenIds, take_skip
+from vllm_dspark.integration.report import DSparkDraftTokenIds, take_plan
 from vllm_dspark.integration.sampler import DSparkRejectionSampler, RequestKeys
 from vllm_dspark.integration.trace import Trace
 
@@ -162,7 +162,7 @@ class DSparkRunnerMixin:
         tokens = self._step_tokens(
             sampled_token_ids, common_attn_metadata, spec_decode_metadata
         )
-        if skip := take_skip(scheduler_output):
+        if skip := take_plan(scheduler_output).skip:
             wanted = [r not in skip for r in self.input_batch.req_ids]
             tokens = replace(tokens, drafting=tokens.drafting & np.array(wanted))
         self._drafted = self.drafter.step(

@@ -20,12 +20,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
-
 from vllm_dspark.integration.json_lines import JsonLines
-from vllm_dspark.integration.planned import Planned
-from vllm_dspark.integration.report import StepReport
+from vllm_dspark.integration.planned import Done
 from vllm_dspark.schedule.controller import Controller
 
 logger = logging.getLogger("vllm_dspark")
@@ -46,35 +42,30 @@ class StepLog:
         except OSError as error:
             logger.warning("DSpark: there is no step log, %s: %s", path, error)
 
-    def step(
-        self,
-        controller: Controller,
-        planned: Planned,
-        step: SchedulerOutput,
-        output: ModelRunnerOutput,
-        report: StepReport,
-    ) -> None:
+    def step(self, controller: Controller, done: Done) -> None:
         """Note a step, before the controller learns how long it took."""
         if self._lines is None:
             return
-        tokens, scheduled = step.total_num_scheduled_tokens, step.num_scheduled_tokens
-        decoding = [scheduled[i] for i in planned.ids if i in scheduled]
+        planned, report = done.planned, done.report
         predicted = controller.predicted_seconds(
-            tokens, planned.context_tokens, report.draft_requests, planned.positions
+            done.tokens,
+            planned.context_tokens,
+            report.draft_requests,
+            planned.positions,
         )
         fields: dict[str, Any] = {
             "step": self._steps,
             "time": planned.built,
-            "requests": len(decoding),
-            "prompt_tokens": tokens - sum(decoding),
+            "requests": done.requests,
+            "prompt_tokens": done.prompt_tokens,
             "drafts": int(planned.num_drafts.sum()),
-            "verified": sum(map(len, step.scheduled_spec_decode_tokens.values())),
+            "verified": done.verified,
             "positions": planned.positions,
             "reason": planned.reason,
             "predicted_seconds": predicted,
             "target_seconds": report.target_seconds,
             "draft_seconds": report.draft_seconds,
-            "emitted": sum(map(len, output.sampled_token_ids)),
+            "emitted": done.emitted,
         }
         self._steps += 1
         self._lines.add(**fields)

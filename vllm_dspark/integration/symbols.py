@@ -143,6 +143,11 @@ SYMBOLS: tuple[Symbol, ...] = (
         "overridden: drafts are trimmed first",
     ),
     _s(
+        _SCHEDULER + "._update_after_schedule",
+        "scheduler_output",
+        "overridden: how many positions the step drafts",
+    ),
+    _s(
         _SCHEDULER + "._free_request",
         "request",
         "overridden: the controller forgets a request",
@@ -166,7 +171,7 @@ SYMBOLS: tuple[Symbol, ...] = (
         "scheduler_stats iteration_stats mm_cache_stats engine_idx",
         "patched: observes our metrics",
     ),
-    # what steps cost (profiling.py)
+    # what steps cost (costs.py, profiling.py)
     _s(
         "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
         "",

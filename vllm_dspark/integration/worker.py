@@ -15,8 +15,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_dspark.integration.config import EXECUTOR_CLS, options
-from vllm_dspark.integration.profiling import cost_of
-from vllm_dspark.integration.report import CostReport, StepReport, give_report
+from vllm_dspark.integration.profiling import StepTimer
+from vllm_dspark.integration.report import StepReport, give_report
+from vllm_dspark.integration.reporting import CostReporting
 from vllm_dspark.integration.runner import DSparkCPUModelRunner, DSparkGPUModelRunner
 from vllm_dspark.integration.say import log_like_vllm
 from vllm_dspark.ops import extension_native
@@ -45,19 +46,14 @@ def _require_kernels(backend: str) -> None:
         extension_native.load()
 
 
-class _ReportingWorker:
-    """What both workers add: the cost table, and a report with every output."""
+class _ReportingWorker(CostReporting):
+    """What both workers add: a report with every output, the costs with the first."""
 
     _one_message = False
-    _cost: CostReport | None = None
     _seconds = 0.0  # of the step under way
 
-    def compile_or_warm_up_model(self) -> Any:
-        """As vLLM does; then what steps cost, if lengths will be chosen by it."""
-        times = super().compile_or_warm_up_model()  # type: ignore[misc]
-        if options(self.vllm_config).policy == "adaptive":  # type: ignore[attr-defined]
-            self._cost = cost_of(self.model_runner)  # type: ignore[attr-defined]
-        return times
+    def _timer(self) -> StepTimer:
+        return StepTimer(self.model_runner)  # type: ignore[attr-defined]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run the model; sample and draft at once unless a grammar comes first."""
@@ -80,9 +76,10 @@ class _ReportingWorker:
             drafts = runner.take_draft_token_ids() if self._one_message else None
             target = self._seconds - seconds
             owed = runner.drafter.context.take_owed()
-            report = StepReport(drafts, target, seconds, *drafted, self._cost, owed)
-            give_report(output, report)
-            self._cost = None
+            cost = self.take_cost()
+            give_report(
+                output, StepReport(drafts, target, seconds, *drafted, cost, owed)
+            )
         return output
 
 

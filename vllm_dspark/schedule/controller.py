@@ -23,13 +23,21 @@ from vllm_dspark.config import DSparkOptions
 from vllm_dspark.schedule import planner
 from vllm_dspark.schedule.correction import LiveCost
 from vllm_dspark.schedule.cost import CostTable
+from vllm_dspark.schedule.draft_length import Lengths
 from vllm_dspark.schedule.drafting import Drafting, DraftingChoice, Reason, StepFacts
 from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.exploring import Exploring
 from vllm_dspark.schedule.facts import Batch, DraftPlan, Totals
 from vllm_dspark.schedule.forecast import Forecaster
 from vllm_dspark.schedule.request_gate import RequestGate
-from vllm_dspark.schedule.step import Floats, Ints, StepCost, VerifyPlan, VerifyStep
+from vllm_dspark.schedule.step import (
+    Floats,
+    Ints,
+    StepCost,
+    Stop,
+    VerifyPlan,
+    VerifyStep,
+)
 
 # Beyond, predictions say little, and would never let drafting be tried.
 _MOST_DOUBT = 0.3
@@ -45,6 +53,7 @@ class Controller:
         policy: how to choose, as the user has it.
         calibration: where confidences start from; None: raw.
         drafting: settings of the draft length.
+        lengths: how verify lengths will come about.
 
     Until `price` is called there is no idea of costs, and everything is verified.
     """
@@ -55,13 +64,15 @@ class Controller:
         policy: DSparkOptions | None = None,
         calibration: Calibration | None = None,
         drafting: DraftingOptions | None = None,
+        lengths: Lengths = Lengths.PLANNED,
     ) -> None:
         self.width = width
+        self.lengths = lengths
         self.policy = policy or DSparkOptions()
         self.survival = OnlineSurvival(width, calibration)
         options = drafting or DraftingOptions(bypass=self.policy.bypass)
         self.drafting = Drafting(width, options)
-        self._forecaster = Forecaster(self.survival)
+        self._forecaster = Forecaster(self.survival, lengths)
         self._exploring = Exploring()
         self.gate = RequestGate(options)
         self.totals = Totals()
@@ -122,6 +133,17 @@ class Controller:
             batch: the step.
             positions: drafted at its end, which its round pays for as well.
         """
+        step, made = self._verify_step(batch, positions)
+        plan = self._plan(step)
+        self._count_step(plan.reason, len(batch.ids), positions)
+        num_drafts = np.minimum(batch.num_drafts, step.survival.shape[1])
+        self._count_lengths(num_drafts, plan.verify_lens)
+        return plan, made
+
+    def _verify_step(
+        self, batch: Batch, positions: int
+    ) -> tuple[VerifyStep, Prediction | None]:
+        """A step by the confidences that a batch has, and its survivals."""
         extra = 0.0
         cost: StepCost = _free
         if self.live is not None:
@@ -134,20 +156,19 @@ class Controller:
             survival = made.survival
         elif batch.ids:
             self.survival.rest()
-        num_drafts = np.minimum(batch.num_drafts, survival.shape[1])
         step = VerifyStep(
             survival,
             batch.base_tokens,
             cost,
             extra,
-            num_drafts,
+            np.minimum(batch.num_drafts, survival.shape[1]),
             batch.slo_tps if batch.slo_tps.any() else 0.0,
         )
-        plan = self._plan(step)
-        self._count(plan, num_drafts, positions)
-        return plan, made
+        return step, made
 
     def _plan(self, step: VerifyStep) -> VerifyPlan:
+        if self.lengths is Lengths.ALL:
+            return planner.fixed(step)
         if self.policy.policy == "threshold":
             return planner.threshold(step, self.policy.threshold)
         if not self.adapts:
@@ -184,14 +205,16 @@ class Controller:
             table.draft_seconds,
         )
 
-    def _count(self, plan: VerifyPlan, num_drafts: Ints, positions: int) -> None:
+    def _count_step(self, stop: Stop, num_reqs: int, positions: int) -> None:
         totals = self.totals
         totals.steps += 1
-        totals.trimmed += int((num_drafts - plan.verify_lens).sum())
-        totals.bypassed_steps += positions == 0 and len(num_drafts) > 0
-        totals.stops[plan.reason.value] += 1
+        totals.bypassed_steps += positions == 0 and num_reqs > 0
+        totals.stops[stop.value] += 1
         totals.draft_lens[positions] += 1
-        totals.verify_lens.update(plan.verify_lens.tolist())
+
+    def _count_lengths(self, num_drafts: Ints, verify_lens: Ints) -> None:
+        self.totals.trimmed += int((num_drafts - verify_lens).sum())
+        self.totals.verify_lens.update(verify_lens.tolist())
 
     def predicted_seconds(
         self, batch_tokens: int, context_tokens: int, num_reqs: int, positions: int

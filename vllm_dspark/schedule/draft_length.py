@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,14 @@ from vllm_dspark.schedule.step import (
 # Seconds of drafting for so many requests, by positions [n] → [n]. At 0 positions it
 # is what a bypass still costs: the context K/V of the emitted tokens.
 DraftCost = Callable[[int, Ints], Floats]
+
+
+class Lengths(StrEnum):
+    """How the verify lengths of a step come about."""
+
+    PLANNED = "planned"  # by `planner.plan`, which a jag of the cost curve stops
+    BUDGETED = "budgeted"  # by `planner.find_budget`, whose search goes on behind it
+    ALL = "all"  # every draft is verified
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ def best_draft_length(
     base_tokens: int,
     cost: StepCost,
     draft_cost: DraftCost,
-    early_stop: bool = True,
+    lengths: Lengths = Lengths.PLANNED,
 ) -> DraftLength:
     """The draft length with the best throughput, drafting paid for.
 
@@ -62,8 +71,7 @@ def best_draft_length(
         base_tokens: as in `VerifyStep`.
         cost: seconds of the target's step by its tokens.
         draft_cost: seconds of drafting.
-        early_stop: verification will be planned by `plan`; False for `find_budget`,
-            whose search is not stopped by a jag of the cost curve.
+        lengths: how verify lengths will come about.
 
     Raises:
         ValueError: ``history`` is for another number of requests, or a cost is no time.
@@ -87,7 +95,9 @@ def best_draft_length(
     made = column < np.arange(width + 1)[:, None]
     tokens = num_reqs + _from_zero(np.where(made, survival, 0.0))
     speed = tokens / (seconds[_from_zero(made)] + drafting[:, None])
-    if early_stop:
+    if lengths is Lengths.ALL:
+        throughput = speed[:, -1]
+    elif lengths is Lengths.PLANNED:
         stops = np.ones(speed.shape, dtype=np.bool_)  # at the end at the latest
         stops[:, :-1] = made & (speed[:, 1:] <= speed[:, :-1])
         throughput = speed[np.arange(width + 1), stops.argmax(axis=1)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vllm_dspark.calibration.online import OnlineSurvival
 from vllm_dspark.schedule.cost import CostTable
-from vllm_dspark.schedule.draft_length import DraftCost, best_draft_length
+from vllm_dspark.schedule.draft_length import DraftCost, Lengths, best_draft_length
 from vllm_dspark.schedule.facts import Batch
 from vllm_dspark.schedule.step import Floats, StepCost
 
@@ -32,10 +32,17 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts from the histories of requests."""
+    """Forecasts from the histories of requests.
 
-    def __init__(self, survival: OnlineSurvival) -> None:
-        self._survival = survival
+    Args:
+        survival: what keeps them.
+        lengths: how verify lengths will come about.
+    """
+
+    def __init__(
+        self, survival: OnlineSurvival, lengths: Lengths = Lengths.PLANNED
+    ) -> None:
+        self._survival, self._lengths = survival, lengths
         self._made: Forecast | None = None
         self._of: tuple[Batch, CostTable] | None = None
         self._age = 0
@@ -71,6 +78,11 @@ class Forecaster:
     def _make(self, batch: Batch, cost: StepCost, draft_cost: DraftCost) -> Forecast:
         history = self._survival.history(batch.ids, batch.temperatures)
         best = best_draft_length(
-            history, len(batch.ids), batch.base_tokens, cost, draft_cost
+            history,
+            len(batch.ids),
+            batch.base_tokens,
+            cost,
+            draft_cost,
+            self._lengths,
         )
         return Forecast(best.throughput, float(history[:, 0].mean()))

@@ -109,3 +109,35 @@ def top_k_top_p_in_torch() -> None:
     import vllm.v1.sample.ops.topk_topp_sampler as module
 
     module.HAS_TRITON = False
+
+
+def trim_on_device() -> None:
+    """vLLM trims on the device only with full CUDA graphs and attention backends that
+    say so. CPU attention reads the device's query lengths like any other, it has only
+    never been said; graphs change times, not results. Call it once vllm can be imported,
+    and again never."""
+    import vllm.v1.worker.gpu.model_runner as runner
+    import vllm.v1.worker.gpu.spec_decode.adaptive_verification as module
+    from vllm.config import VllmConfig
+
+    from vllm_dspark.integration.v2 import config
+
+    VllmConfig._validate_adaptive_verification = lambda self: None
+    runner.resolve_adaptive_cudagraph_mode = lambda mode, **keys: mode
+    module.get_query_lens_mismatch_unsupported_backend = lambda *args, **keys: None
+    module.get_varlen_cudagraph_unsupported_backend = lambda *args, **keys: None
+    config._no_device = lambda vllm_config: None
+
+
+def overlap_steps() -> None:
+    """CPUs have asynchronous scheduling off; the machinery works there, too."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: Any, vllm_config: Any) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    CpuPlatform.check_and_update_config = classmethod(keep)

@@ -1,11 +1,13 @@
-"""vLLM's DSpark speculator with every sequential head and calibrated confidences.
+"""vLLM's DSpark speculator with every sequential head, draft lengths and a meter.
 
-For any drafter of vLLM's, whose model class stays. With a vanilla head and without a
-calibration file everything is vLLM's own.
+For any drafter of vLLM's, whose model class stays. With a vanilla head, full blocks and
+without a calibration file everything is vLLM's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ from vllm.v1.worker.gpu.spec_decode.dspark.speculator import DSparkSpeculator
 
 from vllm_dspark.integration.v2 import model as drafter
 from vllm_dspark.integration.v2.calibration import DeviceMaps, load_maps
+from vllm_dspark.integration.v2.meter import Mark, Meter
+from vllm_dspark.integration.v2.trims import Trims, trims_of
 
 
 class DSparkV2Speculator(DSparkSpeculator):
-    """Drafts as vLLM's does, and with gated and rnn heads."""
+    """Drafts as vLLM's does, and with gated and rnn heads, and fewer positions."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -29,6 +33,12 @@ class DSparkV2Speculator(DSparkSpeculator):
                 config.hf_config, vllm_config.model_config.get_vocab_size()
             )
         )
+        self.trims = trims_of(vllm_config)
+        self.meter = Meter(device)
+        self.muted = False  # vLLM's dummy steps without the drafter
+        self.dummy_positions: int | None = None  # what they draft, None for all
+        self.dummy_marks: tuple[Mark, Mark] | None = None  # around what they drafted
+        self._writing_only = False
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -40,23 +50,87 @@ class DSparkV2Speculator(DSparkSpeculator):
             model = super().load_draft_model(target_model, target_attn_layer_names)
         finally:
             drafter.loading_for.reset(token)
+        has_head = model.model.confidence_head is not None
+        if self.trims is Trims.HOST:
+            # vLLM computes them only where its device trims.
+            self.use_confidence_head = has_head
+            self.use_acceptance_estimator = not has_head
         # Without a confidence head vLLM's own estimator follows the outcomes.
-        if model.model.confidence_head is not None:
+        if has_head and self.trims is Trims.NOT_OURS:
             self._maps = load_maps(self.vllm_config, self.device)
         return model
 
-    def propose(self, input_batch: Any, *arguments: Any, **keys: Any) -> torch.Tensor:
-        """As vLLM's; what verification is trimmed by is calibrated afterwards.
+    @property
+    def reports_confidences(self) -> bool:
+        """Whether the scheduler decides by this drafter's confidences."""
+        return self.trims in (Trims.HOST, Trims.DEVICE)
 
-        In place, where the runner takes it from, and outside the CUDA graph.
-        """
-        drafts = super().propose(input_batch, *arguments, **keys)
-        wanted = self.use_confidence_head and not keys.get("dummy_run")
-        if self._maps is not None and wanted:
-            rows = input_batch.idx_mapping[: input_batch.num_reqs]
-            raw = self.draft_token_confidence_probs[: len(rows)]
+    def propose(self, input_batch: Any, *arguments: Any, **keys: Any) -> torch.Tensor:
+        """As vLLM's, for as many positions as the step asks; 0 is a bypass."""
+        n, dummy = input_batch.num_reqs, bool(keys.get("dummy_run"))
+        if dummy and self.muted:
+            return self.draft_tokens[:n]
+        asked = self.dummy_positions if dummy else keys.get("num_speculative_tokens")
+        positions = self.num_speculative_steps if asked is None else asked
+        start = Mark(self.device) if dummy else self.meter.begin()
+        with self._drafting(positions):
+            if self._writing_only:
+                keys["is_profile"] = True  # its only meaning here: no CUDA graph
+            super().propose(input_batch, *arguments, **keys)
+        if dummy:
+            self.dummy_marks = start, Mark(self.device)
+            return self.draft_tokens[:n]
+        confidence = self.draft_token_confidence_probs[:n, :positions]
+        wanted = self.reports_confidences
+        self.meter.end(input_batch.req_ids, positions, confidence if wanted else None)
+        if self._maps is not None and self.use_confidence_head:
+            # In place, where vLLM's runner takes it from, outside the CUDA graph.
+            rows = input_batch.idx_mapping[:n]
+            raw = self.draft_token_confidence_probs[:n]
             raw.copy_(self._maps.apply(raw, self.temperature[rows]))
-        return drafts
+        return self.draft_tokens[:n]
+
+    @contextmanager
+    def _drafting(self, positions: int) -> Iterator[None]:
+        """Blocks of so many positions, inside.
+
+        0: context K/V is written, the query pass is left out. A drafter whose CUDA
+        graphs are of whole blocks drafts whole ones, and the runner cuts them.
+        """
+        whole = self.num_speculative_steps
+        if positions == 0:
+            self._writing_only = True
+            try:
+                yield
+            finally:
+                self._writing_only = False
+            return
+        graphs = self.query_cudagraph_manager
+        if positions == whole or (graphs is not None and graphs.needs_capture()):
+            yield
+            return
+        kept = (self.num_query_per_req, self._anchor_idx)
+        confidences = self.draft_token_confidence_probs
+        self.num_speculative_steps = positions
+        self.num_query_per_req -= whole - positions
+        requests = torch.arange(len(self._anchor_idx), device=self.device)
+        self._anchor_idx = requests * self.num_query_per_req
+        self.draft_token_confidence_probs = confidences[:, :positions]
+        try:
+            yield
+        finally:
+            self.num_speculative_steps = whole
+            self.num_query_per_req, self._anchor_idx = kept
+            self.draft_token_confidence_probs = confidences
+
+    def _build_uniform_attn_metadata(self, *arguments: Any, **keys: Any) -> Any:
+        if self._writing_only:
+            return None
+        return super()._build_uniform_attn_metadata(*arguments, **keys)
+
+    def _generate_draft(self, *arguments: Any, **keys: Any) -> None:
+        if not self._writing_only:
+            super()._generate_draft(*arguments, **keys)
 
     def _sample_sequential(self, num_reqs: int, head_hidden: torch.Tensor) -> None:
         """vLLM's loop; for other heads ours, with the latent of the head in it."""

@@ -8,6 +8,8 @@ _RUNNER = "vllm.v1.worker.gpu.model_runner:"
 _SPEC = "vllm.v1.worker.gpu.spec_decode."
 _SPECULATOR = _SPEC + "dspark.speculator:DSparkSpeculator."
 _REJECTION = _SPEC + "rejection_sampler:RejectionSampler."
+_ASYNC = "vllm.v1.core.sched.async_scheduler:AsyncScheduler."
+_VERIFICATION = _SPEC + "adaptive_verification:AdaptiveVerificationManager."
 _SAMPLE = "vllm.v1.worker.gpu.sample."
 _DRAFTER = "vllm.model_executor.models.qwen3_dspark:Qwen3DSparkForCausalLM"
 
@@ -31,7 +33,85 @@ SYMBOLS_V2: tuple[tuple[str, str | None, str], ...] = (
         "load_dummy_weights",
         "makes the rejection sampler",
     ),
+    # the workers' reports (worker.py, meter.py)
+    (
+        "vllm.v1.worker.gpu_worker:Worker.execute_model",
+        "scheduler_output",
+        "overridden: the step's budget is handed on",
+    ),
+    (
+        "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
+        "grammar_output",
+        "overridden: a report leaves with the output",
+    ),
+    (
+        "vllm.v1.worker.gpu_worker:Worker.take_draft_token_ids",
+        "",
+        "overridden: with confidences",
+    ),
+    ("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", "", "wrapped: the report"),
+    ("vllm.v1.worker.gpu.async_utils:async_copy_to_np", "x", "called"),
+    ("vllm.v1.worker.gpu.async_utils:stream", "to_stream from_stream", "called"),
+    ("vllm.utils.torch_utils:async_tensor_h2d", "data device dtype out", "called"),
+    # the schedulers (scheduler.py, budgeting.py)
+    ("vllm.v1.core.sched.async_scheduler:AsyncScheduler", None, "subclassed"),
+    (
+        _ASYNC + "_update_after_schedule",
+        "scheduler_output",
+        "overridden: how many positions the step drafts",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
+        "spec_decoding_stats num_draft_tokens num_accepted_tokens "
+        "num_invalid_spec_tokens request_id",
+        "overridden: counts what was verified",
+    ),
+    ("vllm.v1.core.sched.output:SchedulerOutput", None, "read"),
+    ("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids", "read"),
+    ("vllm.v1.outputs:ModelRunnerOutput", None, "carries our report"),
+    ("vllm.v1.request:Request", None, "read"),
+    # what steps cost (profiling.py)
+    (
+        _RUNNER + "GPUModelRunner._dummy_run",
+        "num_tokens context_len",
+        "called: steps of a wanted size",
+    ),
+    # trimming on the device (verification.py)
+    (
+        _VERIFICATION + "__init__",
+        "req_states query_start_loc num_bonus_tokens max_total_logits",
+        "subclassed; its buffers are used",
+    ),
+    (_VERIFICATION + "add_request", "req_idx", "overridden"),
+    (_VERIFICATION + "batches_to_profile", "capture_sizes", "overridden: none"),
+    (_VERIFICATION + "set_initial_cost_curves", "samples", "overridden"),
+    (
+        _VERIFICATION + "record_confidences",
+        "confidence_probs input_batch",
+        "overridden: our meter copies them",
+    ),
+    (
+        _VERIFICATION + "get_num_tokens",
+        "num_tokens_per_req draft_tokens",
+        "overridden: the scheduler's budget",
+    ),
+    (
+        _VERIFICATION + "compact_batch",
+        "num_draft_tokens_per_req num_scheduled_tokens cu_num_logits_np",
+        "kept: reads what get_num_tokens leaves",
+    ),
+    (
+        _VERIFICATION + "reallocate_drafts",
+        "req_ids idx_mapping",
+        "overridden: calibrated survivals, goals",
+    ),
     # what is put in place (hooks.py)
+    (
+        _RUNNER + "maybe_create_adaptive_verification_manager",
+        "enable_adaptive_verification req_states query_start_loc num_bonus_tokens "
+        "max_total_logits vllm_config",
+        "swapped",
+    ),
     ("vllm.v1.worker.gpu.model_runner", None, "its function is swapped"),
     (_RUNNER + "init_speculator", "vllm_config device req_states", "swapped"),
     # speculator.py
@@ -49,7 +129,17 @@ SYMBOLS_V2: tuple[tuple[str, str | None, str], ...] = (
     (
         _SPECULATOR + "propose",
         "input_batch attn_metadata slot_mappings",
-        "overridden: confidences are calibrated",
+        "overridden: draft lengths, the meter, calibrated confidences",
+    ),
+    (
+        _SPECULATOR + "_build_uniform_attn_metadata",
+        "batch_desc num_reqs num_query_per_req",
+        "overridden: not for a bypass",
+    ),
+    (
+        _SPECULATOR + "_generate_draft",
+        "num_reqs num_tokens_padded attn_metadata slot_mappings num_tokens_across_dp",
+        "overridden: left out in a bypass",
     ),
     (_SPECULATOR + "_sample_logits", "logits idx_map sample_pos step", "called"),
     # sampler.py, rejection_triton.py

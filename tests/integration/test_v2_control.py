@@ -1,0 +1,230 @@
+"""Our controller on vLLM's V2 runner, in Triton's interpreter.
+
+One process runs it (`oracle.v2_control`): drafts trimmed by the scheduler (eager, steps
+that wait for each other), and on the device (steps that overlap; and without a
+confidence head). Here it is looked at:
+
+- greedy text is that without speculation, whatever is trimmed, drafted or left out;
+- each kind of costs has the lengths that it must have;
+- a bypass leaves the query pass out, probes, and ends; drafts made after it are those
+  of a drafter that never paused;
+- costs that change are noticed in step times;
+- the device trims as `planner.plan_within` does on the confidences it had, with a
+  calibration file and online recalibration in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.integration.oracle.history import TOLERANCE, Oracle, relative
+from tests.integration.test_adaptive import cost_table, jagged
+from tests.integration.test_oracle_v2 import REPOSITORY, VOCAB, same_key_norms
+from tests.integration.test_step_log import KEYS
+from tests.integration.test_v2_adapter import MAPS, write_maps
+from tests.tiny import make_tiny_drafter, make_tiny_target
+
+pytestmark = [pytest.mark.slow, pytest.mark.v2]
+
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "rnn": {"head_type": "rnn"},
+    "calibrated": {},
+    "headless": {"confidence": False},
+}
+REGIMES = ("free", "dear", "jagged")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("triton", reason="vLLM's V2 runner is interpreted with Triton")
+    folder = tmp_path_factory.mktemp("v2-control")
+    make_tiny_target(folder / "target", vocab_size=VOCAB)
+    for name, keys in DRAFTERS.items():
+        drafter = make_tiny_drafter(folder / name, folder / "target", **keys)
+        same_key_norms(drafter)
+    write_maps(folder / "calibrated")
+    cost_table(folder, jagged)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    environment = {**os.environ}
+    environment.pop("VLLM_PLUGINS", None)
+    module, out = "tests.integration.oracle.v2_control", folder / "out.pt"
+    done = subprocess.run(
+        [sys.executable, "-m", module, folder, out],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(out, weights_only=False)
+
+
+def test_each_engine_has_the_scheduler_for_it(result: dict[str, Any]) -> None:
+    assert result["host"]["scheduler"] == "DSparkV2TrimmingScheduler"
+    assert result["host"]["manager"] is None
+    assert result["headless"]["scheduler"] == "DSparkV2BudgetScheduler"
+    assert result["device"]["scheduler"] == "DSparkV2AsyncBudgetScheduler"
+
+
+def test_the_text_is_that_without_speculation(result: dict[str, Any]) -> None:
+    plain = result["plain"]
+    for where in ("host", "device"):
+        for name in REGIMES:
+            assert result[where]["regimes"][name]["texts"] == plain["arrivals"], name
+        assert result[where]["bypass"]["texts"] == plain["bypass"]
+    assert result["host"]["changing"]["texts"] == plain["changing"]
+    turns = [t["tokens"] for t in result["host"]["turns"]["texts"]]
+    assert turns == plain["arrivals"]
+    assert result["device"]["first"]["texts"] == plain["arrivals"]
+    assert result["device"]["trims"]["texts"] == plain["trims"]
+    assert result["headless"]["texts"] == plain["arrivals"]
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_lengths_follow_costs(result: dict[str, Any], where: str) -> None:
+    found = result[where]["regimes"]
+    free, dear, mixed = (found[name]["totals"] for name in REGIMES)
+    assert free["trimmed"] < 0.2 * free["verified"] > 5
+    assert free["bypassed_steps"] <= 3
+    assert dear["bypassed_steps"] > 0.3 * dear["steps"]
+    assert dear["verified"] < 0.5 * free["verified"]
+    assert mixed["trimmed"] > 0.1 * mixed["verified"] > 1
+    assert len(mixed["verify_lens"]) > 2
+    for one in found.values():
+        totals = one["totals"]
+        assert one["remembered"] == 0  # ended requests are forgotten
+        # vLLM counts what was verified (it goes on past the end of a text).
+        assert one["draft_tokens"] <= totals["verified"]
+        assert totals["verified"] - one["draft_tokens"] <= 3 * 5
+        # Context K/V is written in every step, the query pass made where it drafts.
+        assert one["passes"]["query"] < one["passes"]["context"] or totals is free
+    passes = found["dear"]["passes"]
+    assert passes["query"] < 0.8 * passes["context"]
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_bypass_probes_and_ends(result: dict[str, Any], where: str) -> None:
+    found = result[where]["bypass"]
+    dear, free = found["each"][:25], found["each"][25:]
+    assert {"cost", "acceptance"} & set(dear) and "probe" in dear
+    assert found["probes"] >= 1
+    assert free.index("pays") < 20  # it notices
+    assert "pays" in free[-3:]
+
+
+def test_step_times_that_change_are_followed(result: dict[str, Any]) -> None:
+    positions = result["host"]["changing"]["positions"]
+    assert min(positions[6:16]) > 0
+    assert 0 in positions[20:]
+    assert np.mean(positions[-10:]) < 0.5 * np.mean(positions[6:16])
+
+
+def test_drafts_after_a_bypass_have_no_holes_in_their_context(
+    result: dict[str, Any], folder: Path
+) -> None:
+    found = result["host"]["turns"]
+    oracle = Oracle(folder / "target", folder / "rnn")
+    lengths: Counter[int] = Counter()
+    for text in found["texts"]:
+        features, _ = oracle.target_run(text["tokens"])
+        mine = [
+            SimpleNamespace(**b)
+            for b in found["blocks"]
+            if b["req_id"] == text["req_id"]
+            and b["anchor_position"] < len(text["tokens"])
+        ]
+        for k in {len(b.drafts) for b in mine}:
+            blocks = [b for b in mine if len(b.drafts) == k]
+            expected = oracle.recompute(text["tokens"], blocks, features)
+            drafts = oracle.greedy_drafts(expected.logits)
+            assert [b.drafts for b in blocks] == drafts
+            confidence = torch.stack([b.confidence for b in blocks])
+            assert relative(confidence, expected.confidence) < TOLERANCE
+            lengths[k] += len(blocks)
+    assert set(lengths) == {1, 2, 3, 4, 5} and sum(lengths.values()) > 15
+
+
+def test_the_device_trims_as_the_planner_does(result: dict[str, Any]) -> None:
+    rows = result["device"]["trims"]["rows"]
+    assert len(rows) >= 8
+    alike = 0
+    for row in rows:
+        taken = [np.arange(row["survival"].shape[1]) < n for n in zip(row["device"])]
+        planned = [np.arange(row["survival"].shape[1]) < n for n in zip(row["planner"])]
+        # float32 may fall otherwise between two that are equal to the sixth digit.
+        gained = (row["survival"] * np.stack(taken)).sum()
+        assert gained == pytest.approx(
+            (row["survival"] * np.stack(planned)).sum(), abs=1e-5
+        )
+        assert sum(row["device"]) == sum(row["planner"])
+        alike += row["device"] == row["planner"]
+    assert alike > 0.8 * len(rows)
+    # The file's maps are in it, and what was learned since.
+    raw = rows[-1]["raw"].double().numpy()
+    file = np.cumprod(MAPS[0.0].apply(raw), axis=1)
+    width = rows[-1]["survival"].shape[1]
+    assert np.abs(file[:, :width] - rows[-1]["survival"]).max() > 1e-3
+    first = np.cumprod(MAPS[0.0].apply(rows[0]["raw"].double().numpy()), axis=1)
+    width = rows[0]["survival"].shape[1]
+    distance = np.abs(first[:, :width] - rows[0]["survival"]).max()
+    assert (
+        distance
+        < 0.5
+        * np.abs(
+            np.cumprod(rows[0]["raw"].double().numpy(), axis=1)[:, :width]
+            - rows[0]["survival"]
+        ).max()
+    )
+
+
+def test_goals_reach_the_device(result: dict[str, Any]) -> None:
+    found = result["device"]["trims"]
+    assert any(sum(row["reserved"]) for row in found["rows"])
+    assert {"goal", "goal_missed"} & set(found["totals"]["stops"])
+
+
+def test_vllms_estimator_stands_in_for_a_head(result: dict[str, Any]) -> None:
+    found = result["headless"]
+    assert found["estimator"] == "OnlineAcceptanceEstimator"
+    values = np.concatenate([rows.ravel() for rows in found["heard"]])
+    assert len(values) > 50 and ((values > 0) & (values < 1)).all()
+    assert len(set(values.round(4).tolist())) > 20
+    assert found["totals"]["trimmed"] > 0 < found["totals"]["verified"]
+
+
+def test_what_is_told(result: dict[str, Any]) -> None:
+    """Metrics, log line and step log have the V1 runner's names and agree."""
+    first = result["device"]["first"]
+    totals = first["totals"]
+    told = first["metrics"]
+    for name in ("verified_tokens", "accepted_tokens", "drafted_tokens", "rounds"):
+        short = name.removesuffix("_tokens")
+        assert told[f"vllm:dspark_{name}"] == totals[short], name
+    assert totals["drafted"] >= totals["verified"] > 0
+    for word in ("tokens per round", "promised by confidences", "drafts verified each"):
+        assert word in first["words"]
+    rows = [json.loads(line) for line in first["log"].splitlines()]
+    assert all(set(row) == KEYS for row in rows)
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert sum(row["verified"] for row in rows) >= first["draft_tokens"]
+    assert sum(row["drafts"] for row in rows) >= sum(row["verified"] for row in rows)
+    assert rows[-1]["draft_seconds"] is None  # nobody will say
+    assert all(row["draft_seconds"] >= 0 for row in rows[:-1])
+    assert all(row["target_seconds"] > 0 for row in rows)
+    assert all(row["predicted_seconds"] > 0 for row in rows[1:])

@@ -1,4 +1,4 @@
-"""The controller's asynchronous form: budgets by earlier rounds, outcomes that come late."""
+"""The controller's asynchronous form: budgets by earlier rounds, late outcomes."""
 
 from __future__ import annotations
 

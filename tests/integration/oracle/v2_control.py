@@ -1,7 +1,7 @@
 """Runs engines with our controller on vLLM's V2 runner and writes down what they did.
 
-``python -m tests.integration.oracle.v2_control FOLDER OUT.pt``: a process of its own, as
-`v2_run`. Costs are made up, and what steps really take is not listened to unless a
+``python -m tests.integration.oracle.v2_control FOLDER OUT.pt``: a process of its own,
+as `v2_run`. Costs are made up, and what steps really take is not listened to unless a
 scenario is about that. Engines are few (they start slowly) and change their regime.
 """
 

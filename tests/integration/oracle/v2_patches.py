@@ -114,8 +114,8 @@ def top_k_top_p_in_torch() -> None:
 def trim_on_device() -> None:
     """vLLM trims on the device only with full CUDA graphs and attention backends that
     say so. CPU attention reads the device's query lengths like any other, it has only
-    never been said; graphs change times, not results. Call it once vllm can be imported,
-    and again never."""
+    never been said; graphs change times, not results. Call it once vllm can be
+    imported."""
     import vllm.v1.worker.gpu.model_runner as runner
     import vllm.v1.worker.gpu.spec_decode.adaptive_verification as module
     from vllm.config import VllmConfig

@@ -1,4 +1,4 @@
-"""Schedulers that do not see the drafts they schedule: the controller's other two forms.
+"""Schedulers that do not see the drafts they schedule.
 
 With a device that trims they give budgets, found from confidences of earlier rounds;
 without one they choose how much is drafted, and all of it is verified. A step's report

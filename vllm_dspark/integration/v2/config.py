@@ -39,8 +39,8 @@ def activate(vllm_config: Any) -> None:
     """Extend vLLM's DSpark, if this vLLM is one that the adapter fits. Idempotent.
 
     Raises:
-        ValueError: an unknown or bad option, a file of the user's that is not there, our
-            rejection kernel where it cannot run, or a policy that cannot be had.
+        ValueError: an unknown or bad option, a file of the user's that is not there,
+            our rejection kernel where it cannot run, or a policy that cannot be had.
     """
     chosen = options(vllm_config)
     check_folders({"step_log": chosen.step_log})

@@ -1,7 +1,7 @@
 """Puts our parts in place of vLLM's, in the worker's process.
 
-Symptom without it: only vLLM's own DSpark runs. Cause: the V2 runner builds its parts by
-functions of fixed content. Remove when: vLLM has a registry for speculators.
+Symptom without it: only vLLM's own DSpark runs. Cause: the V2 runner builds its parts
+by functions of fixed content. Remove when: vLLM has a registry for speculators.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ from tests.integration.oracle.history import TOLERANCE, Oracle, relative
 from tests.integration.test_adaptive import cost_table, jagged
 from tests.integration.test_oracle_v2 import REPOSITORY, VOCAB, same_key_norms
 from tests.integration.test_step_log import KEYS
+from tests.integration.test_structured_output import CHOICES
 from tests.integration.test_v2_adapter import MAPS, write_maps
-from tests.tiny import make_tiny_drafter, make_tiny_target
+from tests.tiny import make_tiny_drafter, make_tiny_target, make_tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.v2]
 
@@ -54,6 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         drafter = make_tiny_drafter(folder / name, folder / "target", **keys)
         same_key_norms(drafter)
     write_maps(folder / "calibrated")
+    text = make_tiny_target(folder / "text-target")
+    make_tiny_tokenizer(text)
+    same_key_norms(make_tiny_drafter(folder / "text-drafter", text))
     cost_table(folder, jagged)
     return folder
 
@@ -191,6 +195,15 @@ def test_the_device_trims_as_the_planner_does(result: dict[str, Any]) -> None:
             - rows[0]["survival"]
         ).max()
     )
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_grammars_hold(result: dict[str, Any], where: str) -> None:
+    plain, ours = result["plain"]["grammars"], result[where]["grammars"]
+    assert ours[:2] == plain[:2]  # greedy
+    assert len(ours[2]) > 3
+    start = ours[2][:4]  # sampled: another text, within the grammar as well
+    assert any(choice.startswith(start) for choice in CHOICES)
 
 
 def test_goals_reach_the_device(result: dict[str, Any]) -> None:

@@ -111,13 +111,18 @@ def _agreed(value: float) -> float:
 
 def _key(config: Any) -> CostKey:
     spec, model = config.speculative_config, config.model_config
+    version = compat.vllm_version()[1]
+    if config.use_v2_model_runner:
+        # Other code and other graphs: other times.
+        graphs = config.compilation_config.cudagraph_mode.name
+        version += f", V2 runner, graphs {graphs}"
     return CostKey(
         target=identify_target(model.model).hash,
         drafter=weights_hash(drafter_folder(spec)),
         dtype=str(model.dtype).removeprefix("torch."),
         device=device_name(),
         threads=torch.get_num_threads(),
-        vllm_version=compat.vllm_version()[1],
+        vllm_version=version,
         compiled=not model.enforce_eager,
         tensor_parallel=config.parallel_config.tensor_parallel_size,
     )

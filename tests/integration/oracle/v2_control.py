@@ -23,6 +23,10 @@ import torch  # noqa: E402
 from tests.integration.engine import Engine, engine  # noqa: E402
 from tests.integration.recorder import drive, greedy, prompt  # noqa: E402
 from tests.integration.test_adaptive import dear, free, jagged, table_of  # noqa: E402
+from tests.integration.test_structured_output import GRAMMARS  # noqa: E402
+from tests.integration.test_structured_output import (  # noqa: E402
+    SETTINGS as GRAMMAR_SETTINGS,
+)
 from vllm_dspark.schedule import planner  # noqa: E402
 from vllm_dspark.schedule.drafting import Drafting, Reason  # noqa: E402
 from vllm_dspark.schedule.drafting_options import DraftingOptions  # noqa: E402
@@ -30,6 +34,7 @@ from vllm_dspark.schedule.facts import DraftPlan  # noqa: E402
 from vllm_dspark.schedule.step import VerifyStep  # noqa: E402
 
 WIDTH = 5
+SAMPLED = {"draft_sample_method": "probabilistic"}
 SETTINGS = {
     "block_size": 32,
     "max_num_batched_tokens": 64,
@@ -245,6 +250,33 @@ def trims(eng: Engine) -> dict[str, Any]:
     return {**told(eng, texts), "rows": rows}
 
 
+def grammars(folder: Path, **keys: Any) -> list[str]:
+    """Greedy and sampled texts within grammars."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = [
+        SamplingParams(
+            temperature=temperature,
+            seed=i,
+            max_tokens=14,
+            structured_outputs=StructuredOutputsParams(**GRAMMARS[name][0]),
+        )
+        for i, (name, temperature) in enumerate(zip(GRAMMARS, (0.0, 0.0, 0.8)))
+    ]
+    prompts = [prompt(5 + 3 * i, i) for i in range(3)]
+    pair = [folder / "text-target"]
+    if keys:
+        pair.append(folder / "text-drafter")
+    with engine(*pair, **keys, **SETTINGS, **GRAMMAR_SETTINGS) as eng:
+        if keys:
+            regime(eng, jagged)
+        texts = [o.outputs[0].text for o in eng.generate(prompts, params)]
+        if keys:
+            assert eng.scheduler.controller.totals.trimmed > 0
+    return texts
+
+
 def metrics(eng: Engine) -> dict[str, float]:
     """Our counters and gauges without labels, as vLLM tells them."""
     found = {}
@@ -259,7 +291,7 @@ def on_host(folder: Path) -> dict[str, Any]:
     ours = {"policy": "adaptive", "cost_table": str(folder / "cost.json")}
     with engine(*pair, additional_config={"dspark": ours}, **SETTINGS) as eng:
         count_passes(eng)
-        return {
+        found = {
             "scheduler": type(eng.scheduler).__name__,
             "manager": eng.runner.adaptive_verification,
             "regimes": regimes(eng),
@@ -267,6 +299,10 @@ def on_host(folder: Path) -> dict[str, Any]:
             "changing": changing_times(eng),
             "turns": turns(eng),
         }
+    found["grammars"] = grammars(
+        folder, spec=SAMPLED, additional_config={"dspark": ours}
+    )
+    return found
 
 
 def on_device(folder: Path) -> dict[str, Any]:
@@ -328,6 +364,7 @@ def plain(folder: Path) -> dict[str, Any]:
             texts[name] = [t.tokens for t in one]
         goal = drive(eng, [*ARRIVALS, (3, prompt(20, 7), greedy(20))])
         texts["trims"] = [t.tokens for t in goal]
+    texts["grammars"] = grammars(folder)
     return texts
 
 
@@ -339,6 +376,13 @@ def main() -> None:
     result["headless"] = without_head(folder)
     v2_patches.overlap_steps()
     result["device"] = on_device(folder)
+    ours = {"policy": "adaptive", "cost_table": str(folder / "cost.json")}
+    result["device"]["grammars"] = grammars(
+        folder,
+        spec={"enable_adaptive_verification": True, **SAMPLED},
+        additional_config={"dspark": ours},
+        async_scheduling=True,
+    )
     torch.save(result, out)
 
 

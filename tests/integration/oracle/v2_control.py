@@ -262,7 +262,9 @@ def grammars(folder: Path, **keys: Any) -> list[str]:
             max_tokens=14,
             structured_outputs=StructuredOutputsParams(**GRAMMARS[name][0]),
         )
-        for i, (name, temperature) in enumerate(zip(GRAMMARS, (0.0, 0.0, 0.8)))
+        for i, (name, temperature) in enumerate(
+            zip(GRAMMARS, (0.0, 0.0, 0.8), strict=True)
+        )
     ]
     prompts = [prompt(5 + 3 * i, i) for i in range(3)]
     pair = [folder / "text-target"]

@@ -1,11 +1,11 @@
 # `make demo` and `make test` do everything on a fresh machine.
 # VENV=path picks another virtual environment, PYTHON=path the interpreter for it,
-# DEMO_ARGS, TEST_ARGS and BENCH_ARGS pass options on.
+# DEMO_ARGS, TEST_ARGS, BENCH_ARGS and GPU_ARGS pass options on.
 VENV ?= .venv
 PYTHON ?= python3
 export VENV PYTHON
 
-.PHONY: help setup demo serve test test-all lint fix check bench clean
+.PHONY: help setup demo serve test test-all lint fix check bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ bench: setup ## kernel benchmarks, JSON under benchmarks/results/
 	  echo "== bench_$$b"; \
 	  $(VENV)/bin/python benchmarks/bench_$$b.py \
 	    --json benchmarks/results/$$b.json $(BENCH_ARGS) || exit 1; done
+
+gpu-check: setup ## on a machine with an NVIDIA GPU: kernels, times, servers; one report
+	@$(VENV)/bin/python benchmarks/gpu_check.py $(GPU_ARGS)
 
 clean: ## remove what was built (not the virtual environment)
 	rm -rf build *.egg-info vllm_dspark/_C*.so .mypy_cache .ruff_cache .pytest_cache

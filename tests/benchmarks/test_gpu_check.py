@@ -1,0 +1,107 @@
+"""`make gpu-check`: what it says without a GPU, and what it would do with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import _gpu_arms as arms
+import _gpu_kernels as kernels
+import gpu_check
+from bench_sequential import random_head
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "report.json"
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--json", str(path)])
+    return path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_check.main() == 3
+    said = capsys.readouterr().out
+    assert "No NVIDIA GPU can be used here" in said and "nothing was checked" in said
+    assert not file.exists()
+
+
+def parts(**results: Any) -> dict[str, Any]:
+    def part(value: Any) -> Any:
+        def run(*_: Any) -> Any:
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        return run
+
+    return {name: part(value) for name, value in results.items()}
+
+
+@pytest.mark.parametrize(
+    ("bad", "status"),
+    [({"passed": True}, 0), ({"passed": False}, 1), (RuntimeError("no room"), 1)],
+)
+def test_a_part_that_fails_is_in_the_report_and_the_others_run(
+    file: Path, monkeypatch: pytest.MonkeyPatch, bad: Any, status: int
+) -> None:
+    monkeypatch.setattr(gpu_check, "trouble", lambda: None)
+    monkeypatch.setattr(gpu_check, "device", lambda: {"name": "made up"})
+    monkeypatch.setattr(gpu_check, "gpu_tests", lambda: {"passed": True})
+    monkeypatch.setattr(kernels, "PARTS", parts(first=bad, second=[{"us": 3.0}]))
+    monkeypatch.setattr(arms, "measure", lambda arguments: {"none": {"tok_s": 1.0}})
+    assert gpu_check.main() == status
+    report = json.loads(file.read_text())
+    assert report["kernels"]["second"] == [{"us": 3.0}]
+    assert report["servers"]["none"] == {"tok_s": 1.0}
+    assert report["device"]["name"] == "made up" and "git" in report["provenance"]
+    if isinstance(bad, Exception):
+        assert report["kernels"]["first"] == {"error": "RuntimeError: no room"}
+
+
+def test_arms_differ_in_what_they_are_about() -> None:
+    found = arms.arms_of("DRAFTER", 3)
+    assert found["none"] == {}
+    alone = [name for name, arm in found.items() if "environment" in arm]
+    assert alone == ["vllm fixed", "vllm adaptive"]  # the plugin is not loaded there
+    line = arms.arguments_of(found["dspark adaptive"], 16)
+    spec = json.loads(line[line.index("--speculative-config") + 1])
+    assert spec == {
+        "method": "dspark",
+        "model": "DRAFTER",
+        "num_speculative_tokens": 3,
+        "enable_adaptive_verification": True,
+    }
+    ours = json.loads(line[line.index("--additional-config") + 1])
+    assert ours == {"dspark": {"policy": "adaptive"}}
+    assert line[line.index("--max-num-seqs") + 1] == "16"
+    assert len(arms.questions()) == 12
+
+
+def test_a_server_that_dies_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(name: str, *_: Any) -> Any:
+        if name == "vllm adaptive":
+            raise ValueError("vllm serve ended with status 1")
+        return {"one_stream_tok_s": 1.0}, [[1, 2], [3]]
+
+    monkeypatch.setattr(arms, "_run", run)
+    arguments = SimpleNamespace(target="T", drafter="D", num_speculative_tokens=None)
+    found = arms.measure(arguments)
+    assert "status 1" in found["vllm adaptive"]["error"]
+    assert found["dspark adaptive"]["texts_equal"] == 2
+    assert gpu_check.failed(found)
+
+
+def test_dataclasses_of_tensors_move() -> None:
+    head = kernels.moved(random_head()[0], "meta")
+    assert head.markov_w1.is_meta and head.draft_to_target.is_meta
+    assert head.head_type == "vanilla" and head.joint_weight is None

@@ -7,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-
 import _gpu_arms as arms
 import _gpu_kernels as kernels
 import gpu_check
+import pytest
+import torch
 from bench_sequential import random_head
 
 

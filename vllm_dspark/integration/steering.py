@@ -25,7 +25,7 @@ from vllm_dspark.integration import stats
 from vllm_dspark.integration.batch import batch_of, decodes
 from vllm_dspark.integration.build import build_controller
 from vllm_dspark.integration.config import options
-from vllm_dspark.integration.planned import Done, Outcome, Planned, done
+from vllm_dspark.integration.planned import Done, Outcome, Planned, done, outcome
 from vllm_dspark.integration.report import (
     CostReport,
     DeviceBudget,
@@ -236,34 +236,3 @@ class Steering:
         if self._step_log is not None:
             self._step_log.flush()
         super().shutdown()
-
-
-def outcome(
-    planned: Planned,
-    step: SchedulerOutput,
-    output: ModelRunnerOutput,
-    verify_lens: dict[str, int] | None,
-) -> Outcome:
-    """What became of a step's drafts.
-
-    Args:
-        planned: what was decided.
-        step, output: vLLM's.
-        verify_lens: drafts verified by request, where the device chose.
-    """
-    verified = np.zeros(len(planned.ids), dtype=np.int64)
-    accepted, emitting = np.zeros_like(verified), np.zeros_like(verified)
-    invalid = step.num_invalid_spec_tokens or {}  # outside of a grammar: padding
-    for i, req_id in enumerate(planned.ids):
-        row = output.req_id_to_index.get(req_id)
-        if row is None or not output.sampled_token_ids:
-            continue
-        emitted = len(output.sampled_token_ids[row])
-        drafts = len(step.scheduled_spec_decode_tokens.get(req_id, ()))
-        drafts -= invalid.get(req_id, 0)
-        if verify_lens is not None:
-            drafts = min(drafts, verify_lens.get(req_id, 0))
-        verified[i] = drafts if emitted else 0
-        accepted[i] = min(max(emitted - 1, 0), verified[i])
-        emitting[i] = emitted > 0
-    return Outcome(verified, accepted, emitting)

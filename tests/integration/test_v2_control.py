@@ -82,6 +82,7 @@ def result(folder: Path) -> dict[str, Any]:
 def test_each_engine_has_the_scheduler_for_it(result: dict[str, Any]) -> None:
     assert result["host"]["scheduler"] == "DSparkV2TrimmingScheduler"
     assert result["host"]["manager"] is None
+    assert result["untrimmed"]["scheduler"] == "DSparkV2AsyncScheduler"
     assert result["headless"]["scheduler"] == "DSparkV2BudgetScheduler"
     assert result["device"]["scheduler"] == "DSparkV2AsyncBudgetScheduler"
 
@@ -219,6 +220,21 @@ def test_vllms_estimator_stands_in_for_a_head(result: dict[str, Any]) -> None:
     assert len(values) > 50 and ((values > 0) & (values < 1)).all()
     assert len(set(values.round(4).tolist())) > 20
     assert found["totals"]["trimmed"] > 0 < found["totals"]["verified"]
+
+
+def test_draft_lengths_alone(result: dict[str, Any], folder: Path) -> None:
+    """Without trimming: costs are measured through the V2 runner, and followed."""
+    found, plain = result["untrimmed"], result["plain"]["arrivals"]
+    assert found["texts"] == found["measured"]["texts"] == plain
+    assert found["totals"]["trimmed"] == 0 < found["totals"]["verified"]
+    assert found["totals"]["bypassed_steps"] > 0.3 * found["totals"]["steps"]
+    measured = found["measured"]
+    assert len(measured["tokens"]) > 2 and measured["positions"][-1] == 5
+    assert 0 < measured["error"] < 10 and measured["observed"] > 10
+    assert measured["overhead"] >= 0
+    (file,) = (folder / "cache" / "cost").glob("*.json")
+    key = json.loads(file.read_text())["key"]
+    assert "V2 runner" in key["vllm_version"]  # V1's times are others
 
 
 def test_what_is_told(result: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ as `v2_run`. Engines are few (they start slowly) and go through several scenes.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from tests.integration.oracle.v2_scenes import (  # noqa: E402
     turns,
 )
 from tests.integration.recorder import drive, greedy, prompt  # noqa: E402
-from tests.integration.test_adaptive import jagged  # noqa: E402
+from tests.integration.test_adaptive import dear, jagged  # noqa: E402
+from vllm_dspark.integration import costs  # noqa: E402
 
 
 def metrics(eng: Engine) -> dict[str, float]:
@@ -114,6 +116,28 @@ def without_head(folder: Path) -> dict[str, Any]:
     return {**result, "heard": heard, "estimator": estimator, "scheduler": name}
 
 
+def untrimmed(folder: Path) -> dict[str, Any]:
+    """All drafts are verified, steps overlap; costs are measured, and listened to."""
+    measure = costs.profile
+    costs.profile = lambda *args, **keys: measure(*args, budget=2.0, **keys)
+    os.environ["VLLM_DSPARK_CACHE"] = str(folder / "cache")
+    keys = {"additional_config": {"dspark": {"policy": "adaptive"}}, **SETTINGS}
+    pair = (folder / "target", folder / "rnn")
+    with engine(*pair, async_scheduling=True, **keys) as eng:
+        count_passes(eng)
+        measured = told(eng, drive(eng, ARRIVALS))
+        controller = eng.scheduler.controller
+        table = controller.live.snapshot()
+        measured["tokens"], measured["positions"] = table.tokens, table.positions
+        measured["error"] = controller.live.error()
+        measured["observed"] = controller.live.observed
+        measured["overhead"] = controller.overhead
+        regime(eng, dear)
+        result = told(eng, drive(eng, ARRIVALS))
+        name = type(eng.scheduler).__name__
+    return {**result, "measured": measured, "scheduler": name}
+
+
 def plain(folder: Path) -> dict[str, Any]:
     """Without speculation."""
     with engine(folder / "target", **SETTINGS) as eng:
@@ -135,6 +159,7 @@ def main() -> None:
     result["headless"] = without_head(folder)
     v2_patches.overlap_steps()
     result["device"] = on_device(folder)
+    result["untrimmed"] = untrimmed(folder)
     ours = {"policy": "adaptive", "cost_table": str(folder / "cost.json")}
     result["device"]["grammars"] = grammars(
         folder,

@@ -66,6 +66,18 @@ def _completed(step: Done, later: StepReport) -> Done:
     return replace(step, report=report)
 
 
+def _only(planned: Planned, rows: list[int]) -> Planned:
+    """A step as far as some of its requests are concerned; nothing was predicted."""
+    assert planned.made is None
+    return replace(
+        planned,
+        ids=tuple(planned.ids[i] for i in rows),
+        temperatures=tuple(planned.temperatures[i] for i in rows),
+        num_drafts=planned.num_drafts[rows],
+        drafted_in=planned.drafted_in[rows],
+    )
+
+
 class Untrimmed(LateReports):
     """Chooses how many positions are drafted; all drafts are verified."""
 
@@ -158,9 +170,9 @@ class Budgeting(Untrimmed):
         output: ModelRunnerOutput,
         report: StepReport | None,
     ) -> None:
-        super()._observe(planned, step, output, report)
         # A request may have ended while its next step was under way.
-        self.controller.forget(i for i in planned.ids if i not in self.requests)
+        alive = [i for i, req_id in enumerate(planned.ids) if req_id in self.requests]
+        super()._observe(_only(planned, alive), step, output, report)
 
     def make_spec_decoding_stats(
         self,

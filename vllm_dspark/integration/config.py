@@ -40,6 +40,12 @@ def is_ours(speculative_config: Any) -> bool:
     return getattr(parallel, "worker_cls", None) in (WORKER_CLS, WORKER_CLS_GPU)
 
 
+def has_controller(vllm_config: Any) -> bool:
+    """Whether the scheduler is one of ours, on either runner."""
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    return isinstance(scheduler, str) and scheduler.startswith("vllm_dspark.")
+
+
 def options(vllm_config: Any) -> DSparkOptions:
     """``additional_config["dspark"]`` as validated options.
 

@@ -138,7 +138,7 @@ def _register_metrics(original: Any) -> Any:
         original(self, *args, **kwargs)
         from vllm_dspark.integration import config, stats
 
-        ours = config.is_ours(self.vllm_config.speculative_config)
+        ours = config.has_controller(self.vllm_config)
         self.dspark_prom = stats.DSparkProm(self) if ours else None
 
     return init

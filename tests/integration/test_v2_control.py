@@ -136,8 +136,8 @@ def test_a_bypass_probes_and_ends(result: dict[str, Any], where: str) -> None:
 def test_step_times_that_change_are_followed(result: dict[str, Any]) -> None:
     positions = result["host"]["changing"]["positions"]
     assert min(positions[6:16]) > 0
-    assert 0 in positions[20:]
-    assert np.mean(positions[-10:]) < 0.5 * np.mean(positions[6:16])
+    later = positions[30:]
+    assert len(later) > 10 and later.count(0) > 0.6 * len(later)
 
 
 def test_drafts_after_a_bypass_have_no_holes_in_their_context(

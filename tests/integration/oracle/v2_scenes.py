@@ -20,6 +20,7 @@ from tests.integration.test_adaptive import dear, free, jagged, table_of
 from tests.integration.test_structured_output import GRAMMARS
 from tests.integration.test_structured_output import SETTINGS as GRAMMAR_SETTINGS
 from vllm_dspark.schedule import planner
+from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.drafting import Drafting, Reason
 from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.facts import DraftPlan
@@ -129,10 +130,13 @@ def bypass(eng: Engine) -> dict[str, Any]:
 
 
 def changing_times(eng: Engine) -> dict[str, Any]:
-    """Steps become dear by the token: seen in their times alone."""
+    """Drafting becomes twenty times as slow: seen in its times alone."""
     controller = regime(eng, free)
+    upkeep, drafting = 0.005, 0.02
+    rows = ((upkeep, drafting),) * 2
+    controller.price(CostTable((1, 64), (0.1, 0.12), 0.0, (1, 16), (0, WIDTH), rows))
     listen = type(controller).timed
-    now = {"seconds": free}
+    now = {"factor": 1.0}
     positions: list[int] = []
 
     def timed(
@@ -140,13 +144,16 @@ def changing_times(eng: Engine) -> dict[str, Any]:
     ) -> None:
         assert target > 0
         if drafted is not None:
-            drafted = (*drafted[:2], 1e-4)
-        listen(controller, tokens, context, now["seconds"](tokens), drafted, 0.0)
+            requests, made, measured = drafted
+            assert measured > 0
+            seconds = now["factor"] * drafting if made else upkeep
+            drafted = (requests, made, seconds)
+        listen(controller, tokens, context, 0.1, drafted, 0.0)
 
     def each_step(step: int) -> None:
         positions.append(controller._choice.positions)
         if step == 16:
-            now["seconds"] = dear
+            now["factor"] = 20.0
 
     controller.timed = timed
     texts = drive(eng, [(0, prompt(7), greedy(90))], each_step=each_step)

@@ -96,6 +96,18 @@ def test_goals_are_set_aside() -> None:
     assert found.reserved.sum() > 0
 
 
+def test_more_is_verified_now_and_then() -> None:
+    dear = CostTable(
+        (1, 64), (1.0, 40.0), 0.0, (1, 8), (0, 3), ((0.1, 0.2), (0.1, 0.2))
+    )
+    controller = BudgetController(WIDTH)
+    controller.price(dear)
+    found = [controller.budget(batch([[0.5, 0.4, 0.3]]), 0) for _ in range(50)]
+    explored = [f.drafts for f in found if f.reason is Stop.EXPLORE]
+    usual = {f.drafts for f in found if f.reason is Stop.BUDGET}
+    assert len(explored) == 2 and min(explored) > max(usual)
+
+
 def test_outcomes_are_learned_from_the_drafts_own_confidences() -> None:
     controller = priced()
     earlier, ids = batch([[0.9, 0.9, 0.9]]), ("r0",)

@@ -66,7 +66,7 @@ def test_how_often_and_how_much() -> None:
         budget = exploring.budget(step)
         if budget is None:
             planned = plan(step)
-            exploring.saw(step, planned)
+            exploring.saw(step, int(planned.verify_lens.sum()))
         else:
             made.append((i, budget.drafts))
     # B is 8 for the plan and 64 for everything: half-way is 23, 15 drafts.
@@ -74,7 +74,7 @@ def test_how_often_and_how_much() -> None:
     assert made == [(8, 15), (41, 56), (74, 15)]
     with_goal = replace(step, slo_tps=1.0)
     for _ in range(100):
-        exploring.saw(with_goal, plan(with_goal))
+        exploring.saw(with_goal, int(plan(with_goal).verify_lens.sum()))
         assert exploring.budget(with_goal) is None
     bare = replace(step, num_drafts=np.zeros(8, np.int64))
     assert exploring.budget(bare) is None

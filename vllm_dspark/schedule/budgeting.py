@@ -64,7 +64,11 @@ class BudgetController(Controller):
             return Budget(nothing, int(reach.sum()), Stop.THRESHOLD)
         if not self.adapts:
             return Budget(nothing, int(drafts.num_drafts.sum()), Stop.FIXED)
+        if (more := self._exploring.budget(step)) is not None:
+            return more
         found = planner.find_budget(step)
+        first = int(np.minimum(found.reserved, drafts.num_drafts).sum())
+        self._exploring.saw(step, first + found.drafts)
         blind = self._choice.reason is Reason.PROBE
         if blind and not (found.drafts or found.reserved.any()):
             # Only outcomes teach: a probe verifies one of each.

@@ -178,7 +178,7 @@ class Controller:
         if (more := self._exploring.budget(step)) is not None:
             return planner.plan_within(step, more)
         plan = planner.plan(step)
-        self._exploring.saw(step, plan)
+        self._exploring.saw(step, int(plan.verify_lens.sum()))
         blind = self._choice.reason is Reason.PROBE and not plan.verify_lens.any()
         # Without confidences only outcomes teach: a probe verifies one of each.
         return planner.fixed(step, 1) if blind else plan

@@ -16,7 +16,7 @@ import numpy as np
 
 from vllm_dspark.schedule.goal import goals_of
 from vllm_dspark.schedule.planner import Budget
-from vllm_dspark.schedule.step import Stop, VerifyPlan, VerifyStep
+from vllm_dspark.schedule.step import Stop, VerifyStep
 
 # Trimmed steps from one exploring step to the next, and before the first.
 _EVERY, _FIRST = 32, 8
@@ -47,10 +47,9 @@ class Exploring:
             drafts = min(max(round(middle) - step.base_tokens, 1), drafts)
         return Budget(np.zeros(step.num_reqs, np.int64), drafts, Stop.EXPLORE)
 
-    def saw(self, step: VerifyStep, plan: VerifyPlan) -> None:
-        """Take a plan into account that was not made by `budget`."""
+    def saw(self, step: VerifyStep, verified: int) -> None:
+        """Take into account what a plan verifies that `budget` did not make."""
         drafts = 0 if step.num_drafts is None else int(step.num_drafts.sum())
-        verified = int(plan.verify_lens.sum())
         if verified < drafts:
             self._trimmed += 1
             self._share = verified / drafts

@@ -207,7 +207,7 @@ else:
 
 @pytest.mark.slow
 def test_the_v2_runner_is_extended(tiny_target: Path, tiny_drafter: Path) -> None:
-    """Its worker is ours, everything else of the configuration vLLM's."""
+    """Worker and scheduler are ours, everything else of the configuration vLLM's."""
     pytest.importorskip("triton", reason="vLLM's V2 runner is interpreted with Triton")
     arguments = (V2, tiny_target, tiny_drafter)
     v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
@@ -215,12 +215,17 @@ def test_the_v2_runner_is_extended(tiny_target: Path, tiny_drafter: Path) -> Non
     extended = run_python(*arguments, VLLM_PLUGINS=None, **v2)
     assert theirs["v2"] is True
     assert theirs["worker_cls"] == "vllm.v1.worker.cpu_worker.CPUWorker"
-    worker = "vllm_dspark.integration.v2.worker.DSparkV2CPUWorker"
-    assert extended == {**theirs, "worker_cls": worker}
-    ours = run_python(*arguments, VLLM_PLUGINS=None, VLLM_USE_V2_MODEL_RUNNER="0")
-    assert ours["v2"] is False
-    assert ours["worker_cls"].startswith("vllm_dspark.")
-    assert ours["scheduler_cls"].startswith("vllm_dspark.")
+    ours = {
+        "worker_cls": "vllm_dspark.integration.v2.worker.DSparkV2CPUWorker",
+        "scheduler_cls": (
+            "vllm_dspark.integration.v2.scheduler.DSparkV2TrimmingScheduler"
+        ),
+    }
+    assert extended == {**theirs, **ours}
+    on_v1 = run_python(*arguments, VLLM_PLUGINS=None, VLLM_USE_V2_MODEL_RUNNER="0")
+    assert on_v1["v2"] is False
+    assert on_v1["worker_cls"].startswith("vllm_dspark.")
+    assert on_v1["scheduler_cls"].startswith("vllm_dspark.")
 
 
 VLLM = "import sys; from vllm.entrypoints.cli.main import main; main()"

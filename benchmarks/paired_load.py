@@ -49,7 +49,7 @@ from _sweep_prompts import Prompt, Prompts, load_prompts
 from vllm_dspark.calibration.plots import figure
 from vllm_dspark.cli.signals import interrupt
 
-ARMS = "none fixed-1 fixed-3 fixed-7 threshold no-bypass adaptive".split()
+ARMS = ["none", "fixed-1", "fixed-3", "fixed-7", "threshold", "no-bypass", "adaptive"]
 LOADS = (64, 32, 16, 8, 4, 2, 1)
 SAMPLES = 2000  # of the turns, for an interval
 

@@ -96,10 +96,10 @@ def _allow_min_p_and_logit_bias(original: Any) -> Any:
     def validate(self: Any, speculative_config: Any) -> None:
         from vllm_dspark.integration import config
 
-        if speculative_config is not None and config.is_ours(speculative_config):
-            config.check_request(self.extra_args)
-            return
-        original(self, speculative_config)
+        if speculative_config is not None and speculative_config.method == "dspark":
+            config.check_request(self.extra_args)  # on either runner
+        if not config.is_ours(speculative_config):
+            original(self, speculative_config)
 
     return validate
 

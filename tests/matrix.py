@@ -63,7 +63,7 @@ ROWS = (
         "goal",
         f"{OFFLINE}::test_a_requests_own_goal",
     ),
-    Row("all of these in one batch", (f"{SERVER}::test_everything_at_once",)),
+    Row("all of these but LoRA in one batch", (f"{SERVER}::test_everything_at_once",)),
     Row("prefix caching", (f"{SCHEDULES}::test_prefix_hits_bring_their_context",)),
     Row(
         "chunked prefill",

@@ -61,10 +61,18 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
     """Refuse a request (``vllm_xargs``) whose goal is none; other keys are not ours.
 
     Raises:
-        ValueError: says what it should be.
+        VLLMValidationError: a ValueError for which servers answer 400, not 500; says
+            what it should be.
     """
-    if extra_args and "slo_tps" in extra_args:
-        DSparkOptions(slo_tps=extra_args["slo_tps"])
+    if not extra_args or "slo_tps" not in extra_args:
+        return
+    goal = extra_args["slo_tps"]
+    try:
+        DSparkOptions(slo_tps=goal)
+    except ValueError as error:
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
 
 
 def activate(vllm_config: Any) -> None:

@@ -57,6 +57,7 @@ SYMBOLS: tuple[Symbol, ...] = (
         "speculative_config",
         "patched: min-p and logit bias work with dspark",
     ),
+    _s("vllm.exceptions:VLLMValidationError", "message parameter value", "raised"),
     _s("vllm.model_executor.models.interfaces:supports_eagle3", "model", "called"),
     _s("vllm.utils.torch_utils:set_default_torch_dtype", "dtype", "called"),
     _s("vllm.utils.torch_utils:PIN_MEMORY", None, "read"),

@@ -182,6 +182,7 @@ def test_a_goal_that_is_none_is_refused(
 ) -> None:
     """By the front-end, so that only this request fails."""
     from vllm.config import SpeculativeConfig
+    from vllm.exceptions import VLLMValidationError
 
     from vllm_dspark.integration import config, patches
 
@@ -189,7 +190,7 @@ def test_a_goal_that_is_none_is_refused(
     spec = SpeculativeConfig.__new__(SpeculativeConfig)
     spec.method = "dspark"
     spec.target_parallel_config = type("P", (), {"worker_cls": config.WORKER_CLS})()
-    with pytest.raises(ValueError, match=r"slo_tps.*0 to 1e\+06"):
+    with pytest.raises(VLLMValidationError, match=r"slo_tps.*0 to 1e\+06"):
         greedy(extra_args={"slo_tps": goal})._validate_spec_decode(spec)
     greedy(extra_args={"slo_tps": 12, "of another": "plugin"})._validate_spec_decode(
         spec

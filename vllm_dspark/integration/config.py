@@ -61,8 +61,8 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
     """Refuse a request (``vllm_xargs``) whose goal is none; other keys are not ours.
 
     Raises:
-        VLLMValidationError: a ValueError for which servers answer 400, not 500; says
-            what it should be.
+        VLLMValidationError: what vLLM raises for such requests (servers answer 400);
+            says what the goal should be.
     """
     if not extra_args or "slo_tps" not in extra_args:
         return

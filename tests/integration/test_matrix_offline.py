@@ -177,9 +177,7 @@ def test_a_requests_own_goal(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("goal", ["fast", -1, float("nan"), True, [5]])
-def test_a_goal_that_is_none_is_refused(
-    pair: tuple[Path, Path], table: str, goal: Any
-) -> None:
+def test_a_goal_that_is_none_is_refused(goal: Any) -> None:
     """By the front-end, so that only this request fails."""
     from vllm.config import SpeculativeConfig
     from vllm.exceptions import VLLMValidationError

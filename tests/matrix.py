@@ -77,9 +77,9 @@ ROWS = (
         ),
     ),
     _served(
-        "prompts of one token, or with one left by the prefix cache",
+        "prompts of one token",
         "one_token",
-        f"{OFFLINE}::test_one_token_left",
+        f"{OFFLINE}::test_one_token",
     ),
     _served("empty answers, stop at the first token", "ends_at_once"),
     _served(

@@ -21,6 +21,7 @@ LONG_FILES = (
     "integration/test_v2_adapter.py",
     "integration/test_lossless_demo.py",
     "integration/test_v2_rejection_kernel.py",
+    "integration/test_matrix_server.py",
     "integration/test_server.py",
     "integration/test_oracle_v2.py",
     "integration/test_stats.py",

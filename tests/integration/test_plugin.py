@@ -85,6 +85,20 @@ import json, re, sys
 from vllm import LLM, SamplingParams
 
 result = {}
+llm = LLM(
+    model=sys.argv[1], runner="pooling", enforce_eager=True, dtype="float32",
+    max_model_len=256, max_num_seqs=4, kv_cache_memory_bytes=64 << 20, seed=0,
+)
+outputs = llm.embed([{"prompt_token_ids": [5, 9, 17]}, "tea at ten"], use_tqdm=False)
+worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+result["pooling"] = {
+    "embeddings": [output.outputs.embedding for output in outputs],
+    "runner": type(worker.worker.model_runner).__name__,
+    "refusal": "",
+}
+llm.llm_engine.engine_core.shutdown()
+del llm, worker
+# Last: vLLM starts no engine in a process that has loaded numba for it.
 ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 for name, spec in (("none", None), ("ngram", ngram)):
     llm = LLM(
@@ -120,19 +134,6 @@ for name, spec in (("none", None), ("ngram", ngram)):
     }
     llm.llm_engine.engine_core.shutdown()
     del llm, worker
-llm = LLM(
-    model=sys.argv[1], runner="pooling", enforce_eager=True, dtype="float32",
-    max_model_len=256, max_num_seqs=4, kv_cache_memory_bytes=64 << 20, seed=0,
-)
-outputs = llm.embed([{"prompt_token_ids": [5, 9, 17]}, "tea at ten"], use_tqdm=False)
-worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
-result["pooling"] = {
-    "embeddings": [output.outputs.embedding for output in outputs],
-    "runner": type(worker.worker.model_runner).__name__,
-    "refusal": "",
-}
-llm.llm_engine.engine_core.shutdown()
-del llm, worker
 result["loaded"] = "vllm_dspark.integration.patches" in sys.modules
 result["heavy"] = "vllm_dspark.integration.runner" in sys.modules
 print(json.dumps(result))

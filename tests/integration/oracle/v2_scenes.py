@@ -216,6 +216,7 @@ def trims(eng: Engine) -> dict[str, Any]:
         budget, survival = manager._budget, scheduler.controller.survival
         drafts = num_drafts.numpy().astype(np.int64)
         known = dict(zip(budget.ids, budget.reserved.tolist(), strict=True))
+        drafts *= np.array([r in known for r in req_ids])
         made = survival.apply(
             req_ids,
             [0.0] * len(req_ids),

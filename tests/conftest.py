@@ -28,7 +28,6 @@ LONG_FILES = (
     "integration/test_acceptance_steady.py",
     "integration/test_kept_cost.py",
     "benchmarks/test_serve_sweep.py",
-    "integration/test_tensor_parallel.py",
     "integration/test_plugin.py",
 )
 

@@ -193,6 +193,7 @@ def test_two_api_servers_count_once(server: Server) -> None:
     assert 1 <= total(server, PREFIX + "accepted_length") < 8
 
 
+@pytest.mark.alone
 def test_two_engines(text_pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Data parallel: each has its labels, and both say what the target says."""
     from vllm import SamplingParams

@@ -58,6 +58,7 @@ def stairs(tokens: int) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("draft_vocab_size", [None, 64])
 def test_two_ranks_serve_the_text_of_one_rank_without_speculation(
     tmp_path: Path, tiny_target: Path, draft_vocab_size: int | None

@@ -123,7 +123,8 @@ def test_the_text_is_that_without_speculation(
     assert controller.adapts and totals.steps > 60
     if seconds is free:
         assert totals.verified > 50
-        assert totals.bypassed_steps <= 2  # tried, to learn what they take
+        # Tried, to learn what they take; more often where loads change all the time.
+        assert totals.bypassed_steps < 0.2 * totals.steps
         assert totals.trimmed < 0.2 * totals.verified
     elif seconds is dear:
         assert totals.bypassed_steps > 0.3 * totals.steps

@@ -25,7 +25,7 @@ from tests.integration.engine import Engine, engine
 from tests.integration.recorder import drive, greedy, prompt
 from tests.integration.test_adaptive import cost_table, free
 from vllm_dspark.calibration import file as calibration_file
-from vllm_dspark.integration import runner, scheduler, worker
+from vllm_dspark.integration import runner, steering, worker
 from vllm_dspark.integration.json_lines import JsonLines
 from vllm_dspark.model.checkpoint import load_state, weights_hash
 
@@ -256,7 +256,7 @@ def test_clocks_that_jump(
     """Times that cannot be are passed over: no length is chosen by them for long."""
     clock = Jumping()
     fake = SimpleNamespace(perf_counter=clock.read, monotonic=clock.read)
-    for module in (scheduler, worker, runner):
+    for module in (steering, worker, runner):
         monkeypatch.setattr(module, "time", fake)
     controller = dspark.scheduler.controller
     for _ in range(3):
@@ -283,12 +283,10 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Costs are measured, used, and not kept; that is said once."""
-    from vllm_dspark.integration import profiling
+    from vllm_dspark.integration import costs
 
-    profile = profiling.profile
-    monkeypatch.setattr(
-        profiling, "profile", lambda *a, **k: profile(*a, budget=1.0, **k)
-    )
+    profile = costs.profile
+    monkeypatch.setattr(costs, "profile", lambda *a, **k: profile(*a, budget=1.0, **k))
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path / "a file" / "cache"))
     ours = {"dspark": {"policy": "adaptive"}}

@@ -11,7 +11,7 @@ from typing import Any
 
 import _sweep_slo as slo
 from _sweep_plots import DOTS_PER_INCH
-from _sweep_report import number
+from _sweep_report import figures, number
 from _sweep_summary import BEST, SUBJECT
 
 _STYLE = """
@@ -207,17 +207,12 @@ def _row(arm: str, row: dict[str, Any]) -> list[str]:
     low, high = row["output_throughput_range"]
     return [
         arm,
-        number(row["output_throughput"], 1),
+        *figures(row, "output_throughput"),
         number(low, 1),
         number(high, 1),
         number(ratio.get("median"), 3),
-        number(row["tok_s_per_user"], 1),
-        number(row["ttft_p50_ms"], 0),
-        number(row["ttft_p99_ms"], 0),
-        number(row["request_goodput"], 2),
-        number(row["tau"], 2),
-        number(row["verify_length"], 2),
-        number(row["draft_length"], 2),
+        *figures(row, "tok_s_per_user", "ttft_p50_ms", "ttft_p99_ms"),
+        *figures(row, "request_goodput", "tau", "verify_length", "draft_length"),
     ]
 
 

@@ -135,7 +135,7 @@ def _panels(
             for arm, line in lines.items():
                 axis.plot([*line], [*line.values()], marker="o", ms=3, label=arm)
             if loads:
-                _load_axis(axis, xs)
+                load_axis(axis, xs)
             axis.set(xlabel=over, ylabel=label)
         _legend(legend, drawn[0])
         drawing.savefig(file, dpi=DOTS_PER_INCH)
@@ -144,7 +144,7 @@ def _panels(
     return make
 
 
-def _load_axis(axis: Any, xs: list[float]) -> None:
+def load_axis(axis: Any, xs: list[float]) -> None:
     """A logarithmic axis with the measured loads for ticks, in plain figures."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(xs, [f"{x:g}" for x in xs])

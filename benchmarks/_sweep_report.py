@@ -85,15 +85,29 @@ def _domain(row: dict[str, Any] | None) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     to_none = (row.get("ratio_to_none") or {}).get("median")
     return [
-        number(row["output_throughput"], 1),
+        *figures(row, "output_throughput"),
         number(to_none, 3),
-        number(row["tok_s_per_user"], 1),
-        number(row["ttft_p50_ms"], 0),
-        number(row["ttft_p99_ms"], 0),
-        number(row["tau"], 2),
-        number(row["verify_length"], 2),
-        number(row["draft_length"], 2),
+        *figures(row, "tok_s_per_user", "ttft_p50_ms", "ttft_p99_ms"),
+        *figures(row, "tau", "verify_length", "draft_length"),
     ]
+
+
+# Digits of each figure behind the point.
+DIGITS = {
+    "output_throughput": 1,
+    "tok_s_per_user": 1,
+    "ttft_p50_ms": 0,
+    "ttft_p99_ms": 0,
+    "request_goodput": 2,
+    "tau": 2,
+    "verify_length": 2,
+    "draft_length": 2,
+}
+
+
+def figures(row: dict[str, Any], *keys: str) -> list[str]:
+    """Figures of an arm at a load, as all tables write them."""
+    return [number(row[key], DIGITS[key]) for key in keys]
 
 
 def number(value: float | None, digits: int) -> str:

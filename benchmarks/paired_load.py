@@ -35,22 +35,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
 import _bench_common as common
 import numpy as np
-from _sweep_arms import Arm, named
+from _sweep_arms import DEFAULT, Arm, named
 from _sweep_client import answer_tokens
+from _sweep_plots import DOTS_PER_INCH, load_axis
 from _sweep_prompts import Prompt, Prompts, load_prompts
 
 from vllm_dspark.calibration.plots import figure
 from vllm_dspark.cli.signals import interrupt
 
-ARMS = ["none", "fixed-1", "fixed-3", "fixed-7", "threshold", "no-bypass", "adaptive"]
+ARMS = [name for name in DEFAULT if name != "ngram"]
 LOADS = (64, 32, 16, 8, 4, 2, 1)
+# Before vLLM is imported: engines in this process, their threads bound to no core.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
 SAMPLES = 2000  # of the turns, for an interval
 
 
@@ -182,7 +185,9 @@ def measure(
 
 def paired(one: Sequence[Turn], other: Sequence[Turn]) -> dict[str, float]:
     """The median ratio of turns of the same moment, with a 95% interval of it."""
-    ratios = np.array([a.throughput / b.throughput for a, b in zip(one, other)])  # noqa: B905
+    ratios = np.array(
+        [a.throughput / b.throughput for a, b in zip(one, other, strict=True)]
+    )
     random = np.random.default_rng(0)
     medians = np.median(random.choice(ratios, (SAMPLES, len(ratios))), axis=1)
     low, high = np.quantile(medians, (0.025, 0.975))
@@ -224,13 +229,11 @@ def plot(loads: dict[int, Any], reference: str, file: Path) -> None:
         low = middle - [r["low"] for r in rows]
         high = [r["high"] for r in rows] - middle
         axes.errorbar(order, middle, (low, high), marker="o", capsize=2, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(order, [str(c) for c in order])
-    axes.set_xlabel("requests at a time")
-    axes.set_ylabel(f"throughput / {reference}")
+    load_axis(axes, order)
+    axes.set(xlabel="requests at a time", ylabel=f"throughput / {reference}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    drawing.savefig(file, dpi=150)
+    drawing.savefig(file, dpi=DOTS_PER_INCH)
 
 
 def show(loads: dict[int, Any]) -> None:
@@ -293,6 +296,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and write what is there after every load."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from transformers import AutoTokenizer
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONG_FILES = (
     "integration/test_v2_adapter.py",
     "integration/test_lossless_demo.py",
+    "integration/test_v2_control.py",
     "integration/test_v2_rejection_kernel.py",
     "integration/test_matrix_server.py",
     "integration/test_server.py",

@@ -15,6 +15,32 @@ TIMEOUT = 300
 LEFT_BY_OTHER_TESTS = ("VLLM_LOGGING_LEVEL", "LD_PRELOAD")
 
 
+def run_module(
+    module: str, *arguments: Any, timeout: float, plugins: str | None = None
+) -> None:
+    """Run a module of the tests, which leaves its results in files.
+
+    Args:
+        module: its name, as for ``python -m``.
+        arguments: made into strings.
+        timeout: seconds.
+        plugins: ``VLLM_PLUGINS``; "" is vLLM alone, None lets all plugins in.
+
+    Raises:
+        AssertionError: it failed; the end of its errors is in the message.
+    """
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=env if plugins is None else {**env, "VLLM_PLUGINS": plugins},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def run_python(code: str, *arguments: Any, **environment: str | None) -> Any:
     """The JSON that the code prints in a line of its own."""
     return run_python_with_output(code, *arguments, **environment)[0]

@@ -20,9 +20,6 @@ probabilities and confidences, 1e-5 relative on hidden states and logits.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from tests.integration.engine import engine
 from tests.integration.oracle.history import relative
 from tests.integration.oracle.teacher import Transcript, forced
 from tests.integration.recorder import Block, prompt, recording, text_of
+from tests.integration.subprocesses import run_module
 from tests.tiny import make_tiny_drafter, make_tiny_target
 from vllm_dspark.model.checkpoint import draft_to_target_ids, load_state
 
@@ -41,7 +39,6 @@ pytestmark = pytest.mark.slow
 
 VOCAB = 128
 TOLERANCE = 1e-5
-REPOSITORY = Path(__file__).parent.parent.parent
 SETTINGS = {
     "block_size": 32,
     "max_num_batched_tokens": 64,
@@ -132,16 +129,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
             }
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.integration.oracle.v2_run"]
-    done = subprocess.run(
-        [*command, str(folder / "jobs.json"), str(folder / "out.pt")],
-        cwd=REPOSITORY,
-        env={**os.environ, "VLLM_PLUGINS": ""},  # vLLM alone
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    files = folder / "jobs.json", folder / "out.pt"
+    run_module("tests.integration.oracle.v2_run", *files, timeout=600, plugins="")
     results = torch.load(folder / "out.pt")
     pairs = zip(JOBS, jobs, results, strict=True)
     return {name: {**job, **result} for name, job, result in pairs}

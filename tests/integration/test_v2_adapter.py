@@ -11,9 +11,6 @@ vLLM alone and vLLM with the plugin run the same jobs, each in a process of its 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +20,8 @@ import pytest
 import torch
 
 from tests.integration.oracle.history import TOLERANCE, Oracle, relative
+from tests.integration.subprocesses import run_module
 from tests.integration.test_oracle_v2 import (
-    REPOSITORY,
     SETTINGS,
     VOCAB,
     same_key_norms,
@@ -47,19 +44,12 @@ def run_jobs(
     """Results of `oracle.v2_run`, with the plugin or without."""
     file, out = folder / f"{name}.json", folder / f"{name}.pt"
     file.write_text(json.dumps(jobs))
-    environment = dict(os.environ)
-    environment.pop("VLLM_PLUGINS", None)
-    if not plugin:
-        environment["VLLM_PLUGINS"] = ""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.oracle.v2_run", file, out],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
+    run_module(
+        "tests.integration.oracle.v2_run",
+        *(file, out),
         timeout=600,
+        plugins=None if plugin else "",
     )
-    assert done.returncode == 0, done.stderr[-4000:]
     # The runs are told apart by the class that drafted, not by what was asked.
     results = torch.load(out)
     ours = {r["speculator"].startswith("vllm_dspark.") for r in results}

@@ -16,9 +16,6 @@ confidence head). Here it is looked at:
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +26,9 @@ import pytest
 import torch
 
 from tests.integration.oracle.history import TOLERANCE, Oracle, relative
+from tests.integration.subprocesses import run_module
 from tests.integration.test_adaptive import cost_table, jagged
-from tests.integration.test_oracle_v2 import REPOSITORY, VOCAB, same_key_norms
+from tests.integration.test_oracle_v2 import VOCAB, same_key_norms
 from tests.integration.test_step_log import KEYS
 from tests.integration.test_structured_output import CHOICES
 from tests.integration.test_v2_adapter import MAPS, write_maps
@@ -64,18 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    environment = {**os.environ}
-    environment.pop("VLLM_PLUGINS", None)
-    module, out = "tests.integration.oracle.v2_control", folder / "out.pt"
-    done = subprocess.run(
-        [sys.executable, "-m", module, folder, out],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    out = folder / "out.pt"
+    run_module("tests.integration.oracle.v2_control", folder, out, timeout=900)
     return torch.load(out, weights_only=False)
 
 

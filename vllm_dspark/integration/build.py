@@ -36,9 +36,8 @@ def build_controller(
     chosen = options(vllm_config)
     folder = Path(drafter_folder(vllm_config.speculative_config))
     calibration = load_calibration(folder, chosen.calibration)
-    make = partial(Controller, width, chosen, lengths=lengths)
-    if lengths is Lengths.BUDGETED:
-        make = partial(BudgetController, width, chosen)
+    kind = BudgetController if lengths is Lengths.BUDGETED else Controller
+    make = partial(kind, width, chosen, lengths=lengths)
     try:
         return make(calibration)
     except ValueError as error:  # it covers fewer positions

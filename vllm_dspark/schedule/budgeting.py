@@ -14,34 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.online import Prediction
-from vllm_dspark.config import DSparkOptions
 from vllm_dspark.schedule import planner
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.draft_length import Lengths
 from vllm_dspark.schedule.drafting import Reason
-from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.facts import Batch
 from vllm_dspark.schedule.planner import Budget
 from vllm_dspark.schedule.step import Ints, Stop, VerifyStep, candidates
 
 
 class BudgetController(Controller):
-    """A controller that gives budgets instead of verify lengths.
+    """A controller that gives budgets instead of verify lengths."""
 
-    Args:
-        width, policy, calibration, drafting: as of `Controller`.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        policy: DSparkOptions | None = None,
-        calibration: Calibration | None = None,
-        drafting: DraftingOptions | None = None,
-    ) -> None:
-        super().__init__(width, policy, calibration, drafting, Lengths.BUDGETED)
+    _lengths = Lengths.BUDGETED
 
     def budget(self, batch: Batch, positions: int) -> Budget:
         """How many drafts the step may verify.

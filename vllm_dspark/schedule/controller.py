@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import numpy as np
 
@@ -53,10 +54,12 @@ class Controller:
         policy: how to choose, as the user has it.
         calibration: where confidences start from; None: raw.
         drafting: settings of the draft length.
-        lengths: how verify lengths will come about.
+        lengths: how verify lengths will come about; None: as the class has it.
 
     Until `price` is called there is no idea of costs, and everything is verified.
     """
+
+    _lengths: ClassVar[Lengths] = Lengths.PLANNED
 
     def __init__(
         self,
@@ -64,15 +67,15 @@ class Controller:
         policy: DSparkOptions | None = None,
         calibration: Calibration | None = None,
         drafting: DraftingOptions | None = None,
-        lengths: Lengths = Lengths.PLANNED,
+        lengths: Lengths | None = None,
     ) -> None:
         self.width = width
-        self.lengths = lengths
+        self.lengths = lengths or self._lengths
         self.policy = policy or DSparkOptions()
         self.survival = OnlineSurvival(width, calibration)
         options = drafting or DraftingOptions(bypass=self.policy.bypass)
         self.drafting = Drafting(width, options)
-        self._forecaster = Forecaster(self.survival, lengths)
+        self._forecaster = Forecaster(self.survival, self.lengths)
         self._exploring = Exploring()
         self.gate = RequestGate(options)
         self.totals = Totals()

@@ -36,8 +36,10 @@ class Exploring:
         In turn half-way from what the last plan verified to everything (B on a
         logarithmic scale), and everything.
         """
-        drafts = 0 if step.num_drafts is None else int(step.num_drafts.sum())
-        if self._trimmed < _EVERY or not drafts or goals_of(step) is not None:
+        if self._trimmed < _EVERY:
+            return None
+        drafts = int(step.available.sum())
+        if not drafts or goals_of(step) is not None:
             return None
         self._trimmed, everything = 0, self._all_next
         self._all_next = not everything
@@ -49,7 +51,7 @@ class Exploring:
 
     def saw(self, step: VerifyStep, verified: int) -> None:
         """Take into account what a plan verifies that `budget` did not make."""
-        drafts = 0 if step.num_drafts is None else int(step.num_drafts.sum())
+        drafts = int(step.available.sum())
         if verified < drafts:
             self._trimmed += 1
             self._share = verified / drafts

@@ -93,6 +93,13 @@ class VerifyStep:
         """R, the rows."""
         return int(self.survival.shape[0])
 
+    @property
+    def available(self) -> Ints:
+        """``[R]`` drafts there are."""
+        if self.num_drafts is None:
+            return np.full(self.num_reqs, self.survival.shape[1], dtype=np.int64)
+        return self.num_drafts.astype(np.int64)
+
 
 @dataclass(frozen=True)
 class VerifyPlan:
@@ -171,15 +178,10 @@ class Candidates:
 
 def candidates(step: VerifyStep) -> Candidates:
     """What of a step can be verified, with entries that are no probability as 0."""
-    num_reqs, width = step.survival.shape
     given = np.asarray(step.survival, dtype=np.float64)
     valid = (given >= 0) & (given <= 1)
-    if step.num_drafts is None:
-        num_drafts = np.full(num_reqs, width, dtype=np.int64)
-        inside = np.ones(given.shape, dtype=bool)
-    else:
-        num_drafts = step.num_drafts.astype(np.int64)
-        inside = np.arange(width) < num_drafts[:, None]
+    num_drafts = step.available
+    inside = np.arange(given.shape[1]) < num_drafts[:, None]
     invalid = int(np.count_nonzero(inside & ~valid))
     survival = np.where(inside & valid, given, 0.0)
     survival = np.minimum.accumulate(survival, axis=1)

@@ -1,0 +1,61 @@
+"""Ratios of turns that engines took at the same moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import paired_load
+import pytest
+from paired_load import Turn, paired, summary
+
+
+def turns(speeds: list[float], drafts: int = 0) -> list[Turn]:
+    return [Turn(100, 100 / speed, 10, drafts, drafts // 2) for speed in speeds]
+
+
+def test_the_machine_cancels() -> None:
+    """It wavers by a factor of three, and an arm is 10% faster at every moment."""
+    machine = [10.0, 30.0, 15.0, 20.0, 12.0]
+    found = paired(turns([1.1 * s for s in machine]), turns(machine))
+    assert found == pytest.approx({"median": 1.1, "low": 1.1, "high": 1.1})
+    with pytest.raises(ValueError, match="zip"):
+        paired(turns(machine), turns(machine[1:]))
+
+
+def test_the_interval_holds_the_median_of_what_was_seen() -> None:
+    found = paired(turns([9.0, 10.0, 11.0, 12.0, 13.0]), turns([10.0] * 5))
+    assert 0.9 <= found["low"] < found["median"] == pytest.approx(1.1)
+    assert found["median"] < found["high"] <= 1.3 + 1e-9
+
+
+def test_a_load_is_summed_up() -> None:
+    found = summary(
+        {
+            "none": turns([10.0, 20.0]),
+            "dspark-fixed-1": turns([12.0, 24.0], 40),
+            "dspark-adaptive": turns([15.0, 30.0], 80),
+        },
+        load=4,
+    )
+    arms = found["arms"]
+    assert arms["dspark-fixed-1"]["ratio"]["median"] == pytest.approx(1.2)
+    assert arms["dspark-adaptive"]["draft_length"] == pytest.approx(2.0)
+    assert arms["dspark-adaptive"]["verify_length"] == pytest.approx(1.0)
+    assert found["best_other"]["arm"] == "dspark-fixed-1"
+    assert found["best_other"]["median"] == pytest.approx(1.25)
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    found = summary({"none": turns([1.0, 2.0]), "a": turns([2.0, 3.0])}, load=1)
+    paired_load.plot({1: found, 8: found}, "none", tmp_path / "paired.png")
+    assert (tmp_path / "paired.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [(["--turns", "0"], "--turns is 0"), (["--arms", "none"], r"--arms \['none'\]")],
+)
+def test_wrong_values_are_refused(typed: list[str], says: str) -> None:
+    needed = "--target T --drafter D --prompts P --out O".split()  # noqa: SIM905
+    with pytest.raises(ValueError, match=says):
+        paired_load.parse([*needed, *typed])

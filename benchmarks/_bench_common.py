@@ -33,7 +33,8 @@ def prompts_in_turn(
         most: prompts of a group.
     """
     groups: dict[str, list[Prompt]] = defaultdict(list)
-    for line in path.read_text().splitlines():
+    # Not splitlines: texts may hold U+2028.
+    for line in filter(None, path.read_text().split("\n")):
         row = json.loads(line)
         if (prompt := make(row["messages"])) is not None:
             groups[group(row["dataset"])].append(prompt)

@@ -139,7 +139,8 @@ def load_prompts(path: Path, tokenizer: Any, longest: int) -> list[Prompt]:
         ValueError: none has, or a row is not {"dataset", "messages"}.
     """
     found = []
-    for number, line in enumerate(path.read_text().splitlines()):
+    # Not splitlines: texts may hold U+2028.
+    for number, line in enumerate(path.read_text().rstrip("\n").split("\n")):
         try:
             row = json.loads(line)
             dataset, messages = row["dataset"], row["messages"]

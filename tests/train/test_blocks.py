@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.tiny import load_target, make_tiny_target
 from vllm_dspark.config import DrafterConfig
+from vllm_dspark.model.drafter import Drafter
 from vllm_dspark.train.blocks import build_blocks, choose_anchors, num_rows
+from vllm_dspark.train.data import Sequence
 from vllm_dspark.train.features import FeatureSource, channel_scale
 from vllm_dspark.train.initial import (
     default_layer_ids,
@@ -17,6 +22,7 @@ from vllm_dspark.train.initial import (
     target_parts,
 )
 from vllm_dspark.train.options import TrainOptions
+from vllm_dspark.train.packing import pack_sequences
 from vllm_dspark.train.step import SequenceLoss, total_weight
 from vllm_dspark.train.vocabulary import choose_mask_token, draft_vocabulary
 
@@ -94,6 +100,14 @@ def test_cache_is_bounded_and_changes_nothing(target, text) -> None:
     assert source.computed == 2 + 2 * 2  # two cached, two computed each time
 
 
+def gradients_of(drafter: Drafter) -> dict[str, torch.Tensor]:
+    return {
+        n: p.grad.clone()
+        for n, p in drafter.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
+
+
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
 def test_packed_anchors_equal_anchors_alone(target, text, head: str) -> None:
     """Loss and gradient of many anchors in one pass = the sum over single anchors."""
@@ -111,12 +125,8 @@ def test_packed_anchors_equal_anchors_alone(target, text, head: str) -> None:
         drafter.zero_grad()
         for group in groups:
             blocks = build_blocks(text, features, group, 4, vocabulary.target_to_draft)
-            model.backward(features, blocks, 0.3, 10.0)
-        return {
-            n: p.grad.clone()
-            for n, p in drafter.named_parameters()
-            if p.requires_grad and p.grad is not None
-        }
+            model.backward(features.hidden, blocks, 0.3, 10.0)
+        return gradients_of(drafter)
 
     packed = gradients([anchors])
     single = gradients([anchors[i : i + 1] for i in range(len(anchors))])
@@ -124,6 +134,65 @@ def test_packed_anchors_equal_anchors_alone(target, text, head: str) -> None:
     for name, gradient in packed.items():
         torch.testing.assert_close(gradient, single[name], rtol=1e-3, atol=1e-6)
         assert float(gradient.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("head", ["vanilla", "rnn"])
+def test_packed_sequences_equal_sequences_alone(target, head: str, device: str) -> None:
+    """Loss, sums and gradient of texts of different lengths, together and alone."""
+    options = replace(OPTIONS, head=head)
+    drafter, source, vocabulary = make_model(target, options)
+    rng = np.random.default_rng(3)
+    sequences = []
+    for key, (length, prompt_len, most) in enumerate([(30, 10, 6), (19, 3, 99), (9, 7, 9)]):
+        tokens = torch.from_numpy(rng.integers(3, 128, length))
+        anchors = choose_anchors(prompt_len, length, most, rng)
+        sequences.append(Sequence(key, tokens, prompt_len, anchors))
+    features = [source.compute(s.tokens, s.prompt_len) for s in sequences]
+    scale = channel_scale(features)
+    to_draft = vocabulary.target_to_draft
+    model = SequenceLoss(drafter, options, scale, torch.float32)
+    alone = None
+    for s, known in zip(sequences, features, strict=True):
+        blocks = build_blocks(s.tokens, known, s.anchors, 4, to_draft)
+        sums = model.backward(known.hidden, blocks, 0.3, 10.0)
+        alone = sums if alone is None else alone + sums
+    wanted = gradients_of(drafter)
+
+    drafter.zero_grad()
+    drafter.to(device)
+    there = FeatureSource(copy.deepcopy(target).to(device), source.layer_ids, 16, 0)
+    texts = [(s.key, s.tokens, s.prompt_len) for s in sequences]
+    model = SequenceLoss(drafter, options, scale.to(device), torch.float32)
+    packed = pack_sequences(
+        sequences, there.get_together(texts), 4, to_draft.to(device)
+    )
+    together = model.backward(*packed, 0.3, 10.0)
+    assert alone.rows.tolist() == together.rows.tolist() and alone.rows[0] == 22
+    for name in ("cross_entropy", "distance", "confidence_loss"):
+        np.testing.assert_allclose(
+            getattr(together, name), getattr(alone, name), rtol=1e-4
+        )
+    found = gradients_of(drafter)
+    assert found.keys() == wanted.keys() and len(found) > 20
+    for name, gradient in found.items():
+        gradient, there_alone = gradient.cpu(), wanted[name]
+        torch.testing.assert_close(gradient, there_alone, rtol=1e-3, atol=1e-6)
+
+
+def test_features_of_texts_together_are_those_of_each_alone(target) -> None:
+    rng = np.random.default_rng(4)
+    texts = [
+        (key, torch.from_numpy(rng.integers(3, 128, length)), prompt_len)
+        for key, length, prompt_len in [(0, 30, 10), (1, 12, 2), (2, 20, 19)]
+    ]
+    source = FeatureSource(target, (0, 2), 16, 1 << 30)
+    source.get(*texts[1])
+    for (_, *text), found in zip(texts, source.get_together(texts), strict=True):
+        alone = source.compute(*text)
+        torch.testing.assert_close(found.hidden, alone.hidden)
+        torch.testing.assert_close(found.top_probs, alone.top_probs)
+    assert source.computed == 3 + 3  # each once, then alone
 
 
 def test_total_weight_is_that_of_the_valid_rows() -> None:

@@ -28,6 +28,7 @@ DATA is what `vllm-dspark synthesize` wrote. DRAFTER/training holds the run's fi
 """
 _CHOICES = {"head": HEADS, "init": INITS}
 DTYPES = ("auto", "bfloat16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,8 +48,10 @@ def add_parser(subparsers: Any) -> None:
         help="train this drafter further, in its own shape")  # fmt: skip
     add("--preset", choices=sorted(PRESETS), default="small",
         help="shape and length to start from; options below override it")  # fmt: skip
+    add("--device", choices=DEVICES, default="auto",
+        help="auto: the GPU if there is one")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto",
-        help="of products; auto: bfloat16 where the processor has it")  # fmt: skip
+        help="of products; auto: bfloat16 where the processor or GPU has it")  # fmt: skip
     add("--threads", type=int, metavar="N", help="of this process (default: torch's)")
     add("--json", type=Path, metavar="FILE", help="write the outcome to FILE")
     group = parser.add_argument_group("training options")
@@ -105,9 +108,12 @@ def _process_group() -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    # CPU tensors through gloo, those of GPUs through nccl.
+    both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(both)
     try:
         yield dist.get_rank()
     finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def prepare(
         )
     folder = find_target(arguments.target)
     with console.status("loading the target"):
-        target, special = load_target(folder, arguments.dtype)
+        target, special = load_target(folder, arguments.dtype, arguments.device)
     start = read_start(arguments.start_from) if arguments.start_from else None
     if start is not None:
         options = fitting_options(options, start)
@@ -76,20 +77,23 @@ def prepare(
         "data": {"samples": len(tokens), "tokens": len(tokens.tokens)},
         "start_from": start.weights_hash if start else None,
         "dtype": str(next(target.parameters()).dtype).removeprefix("torch."),
+        "device": _device_name(target.device),
     }
     with console.status("running the target over the held-out texts"):
         return Trainer(target, special, data, options, arguments.out, origin, start)
 
 
-def load_target(folder: Path, dtype: str) -> tuple[Any, list[int]]:
+def load_target(folder: Path, dtype: str, device: str) -> tuple[Any, list[int]]:
     """The Hugging Face target and the ids of its special tokens.
 
     Raises:
-        ValueError: transformers cannot load it (with its own words).
+        ValueError: transformers cannot load it (with its own words), or there is no
+            GPU and one was asked for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kind = _dtype(dtype)
+    place = _device(device)
+    kind = _dtype(dtype, place)
     try:
         target = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, local_files_only=True, use_safetensors=True
@@ -101,13 +105,36 @@ def load_target(folder: Path, dtype: str) -> tuple[Any, list[int]]:
         ids = list(special.all_special_ids) + list(special.added_tokens_decoder)
     except (OSError, ValueError, TypeError):
         ids = []  # a target without a tokenizer: the rarest token stands in
-    return target.eval().requires_grad_(False), ids
+    return target.eval().requires_grad_(False).to(place), ids
 
 
-def _dtype(name: str) -> torch.dtype:
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--device is {name!r}, and torch {torch.__version__} sees no GPU here; "
+            "leave it out to train on the CPU"
+        )
+    # One GPU a process under torchrun.
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(place)
+    return place
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
-    fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
 

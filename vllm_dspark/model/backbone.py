@@ -29,8 +29,9 @@ class ContextKV:
     """Keys (rotated) and values of context positions for every drafter layer.
 
     Args:
-        keys: ``[layers, C, T, kv_heads, head_dim]``; C is the number of requests, or
-            1 if all blocks share one context (many anchors of one sequence).
+        keys: ``[layers, C, T, kv_heads, head_dim]``; C is the number of requests, or a
+            divisor of the number of blocks R if R/C of them share each context, side by
+            side (many anchors of one sequence).
         values: like ``keys``.
         positions: ``[C, T]`` int64; rows at a block's anchor position or after it
             are not seen, nor are padding rows, marked -1.
@@ -140,11 +141,10 @@ class Attention(nn.Module):
         size, dim = query.shape[1], query.shape[-1]
         # Two products instead of one over concatenated keys: a context shared by many
         # blocks is then read in place rather than copied per block.
-        shared = "rkhgd,thd->rhgkt" if key.shape[0] == 1 else "rkhgd,rthd->rhgkt"
-        one = key.shape[0] == 1
+        grouped = query.unflatten(0, (key.shape[0], -1))
         scores = torch.cat(
             [
-                torch.einsum(shared, query, key[0] if one else key),
+                torch.einsum("cnkhgd,cthd->cnhgkt", grouped, key).flatten(0, 1),
                 torch.einsum("rkhgd,rthd->rhgkt", query, own_key),
             ],
             dim=-1,
@@ -153,8 +153,8 @@ class Attention(nn.Module):
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
         weights = scores.softmax(-1).to(query.dtype)
         from_context, from_block = weights.split([key.shape[1], size], dim=-1)
-        shared = "rhgkt,thd->rkhgd" if key.shape[0] == 1 else "rhgkt,rthd->rkhgd"
-        out = torch.einsum(shared, from_context, value[0] if one else value)
+        grouped = from_context.unflatten(0, (key.shape[0], -1))
+        out = torch.einsum("cnhgkt,cthd->cnkhgd", grouped, value).flatten(0, 1)
         return out + torch.einsum("rhgkt,rthd->rkhgd", from_block, own_value)
 
 
@@ -232,7 +232,7 @@ class Backbone(nn.Module):
         Args:
             x: ``[R, K, d]`` embeddings of the anchor and K-1 masks.
             anchor_positions: ``[R]`` int64.
-            ctx: context of the same requests, or one shared by all.
+            ctx: context of the same requests, or fewer that they share (`ContextKV`).
             packed: fused attention for many blocks of one text, as training has them
                 (CPU; the context is shared and each anchor has a row before it).
 
@@ -253,7 +253,7 @@ class Backbone(nn.Module):
     def _visible(self, positions: Tensor, ctx_positions: Tensor) -> Tensor:
         """Which keys each block position sees: ``[R, K, T+K]`` bool."""
         num_reqs, size = positions.shape
-        ctx = ctx_positions.expand(num_reqs, -1)
+        ctx = ctx_positions.repeat_interleave(num_reqs // len(ctx_positions), dim=0)
         before_anchor = (ctx >= 0) & (ctx < positions[:, :1])
         block = torch.ones_like(positions, dtype=torch.bool)
         seen = torch.cat([before_anchor, block], dim=-1)[:, None].expand(-1, size, -1)

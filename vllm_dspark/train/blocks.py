@@ -25,13 +25,18 @@ class Blocks:
         anchors: ``[R]`` int64 positions p.
         prev_ids: ``[R, K]`` int64 target ids of tokens p..p+K-1.
         valid: ``[R, K]`` bool, False where the text has ended.
-        target: rows ``R·K`` of the target's distributions for tokens p+1..p+K.
+        target: rows ``R·K`` of the target's distributions for tokens p+1..p+K, or those
+            of ``rows`` alone.
+        context: how many positions the last anchor has before it.
+        rows: ``[N]`` int64, the rows that count, of ``R·K``; None: all, by ``valid``.
     """
 
     anchors: Tensor
     prev_ids: Tensor
     valid: Tensor
     target: TargetProbs
+    context: int
+    rows: Tensor | None = None
 
 
 def choose_anchors(
@@ -65,7 +70,7 @@ def build_blocks(
     block_size: int,
     target_to_draft: Tensor | None,
 ) -> Blocks:
-    """Inputs and targets of the blocks at ``anchors``.
+    """Inputs and targets of the blocks at ``anchors``, where the features are.
 
     Args:
         tokens: ``[T]`` int64.
@@ -75,14 +80,21 @@ def build_blocks(
         target_to_draft: ``[V]`` int64, draft id of each target id or -1; None if the
             vocabularies are the same.
     """
+    device = features.hidden.device
     start = torch.from_numpy(anchors).long()
     where = start[:, None] + torch.arange(block_size)
     # The last token has no successor to predict.
     valid = where < len(tokens) - 1
     at = where.clamp_max(len(tokens) - 1)
-    row = at.flatten() - features.first
+    row = (at.flatten() - features.first).to(device)
     ids = features.top_ids[row].long()
     if target_to_draft is not None:
         ids = target_to_draft[ids]
     probs = features.top_probs[row].float()
-    return Blocks(start, tokens[at], valid, TargetProbs(ids, probs))
+    return Blocks(
+        start.to(device),
+        tokens[at].to(device),
+        valid.to(device),
+        TargetProbs(ids, probs),
+        int(anchors.max()),
+    )

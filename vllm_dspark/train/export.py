@@ -34,7 +34,7 @@ def checkpoint_state(
         if name not in OPTIONAL  # embeddings and LM head are the target's
     }
     state["fc.weight"] = state["fc.weight"] / scale
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    state = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in state.items()}
     if offsets is not None:
         state[D2T] = offsets
     return state

@@ -1,9 +1,10 @@
 """What the trainer reads from the target: hidden states and likeliest tokens (3.3).
 
-A sequence is run through the target alone, never padded or batched, so its features
-do not depend on its neighbours and a resumed or cached run sees the same bits. The
-cache holds the features of as many sequences as its budget allows; the others are
-computed again each time they come up.
+On a CPU a sequence is run through the target alone, never padded or batched, so its
+features do not depend on its neighbours and a resumed or cached run sees the same bits.
+On a GPU the sequences of a step are run together, padded behind their ends. The cache
+holds the features of as many sequences as its budget allows; the others are computed
+again each time they come up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +64,55 @@ class FeatureSource:
 
     def get(self, key: int, tokens: Tensor, prompt_len: int) -> Features:
         """Features of the sequence ``tokens [T]`` int64 that is known as ``key``."""
-        known = self._cache.get(key)
-        if known is not None:
-            return known
-        features = self.compute(tokens, prompt_len)
-        if self.cached_bytes + features.num_bytes <= self.cache_bytes:
-            self._cache[key] = features
-            self.cached_bytes += features.num_bytes
-        return features
+        return self.get_together([(key, tokens, prompt_len)])[0]
 
-    @torch.no_grad()
+    def get_together(self, texts: Sequence[tuple[int, Tensor, int]]) -> list[Features]:
+        """The same of several sequences; those not cached are computed at once."""
+        missing = [text for text in texts if text[0] not in self._cache]
+        fresh: dict[int, Features] = {}
+        if missing:
+            computed = self.compute_together([text[1:] for text in missing])
+            fresh = {text[0]: f for text, f in zip(missing, computed, strict=True)}
+        found = [fresh.get(key) or self._cache[key] for key, _, _ in texts]
+        for key, features in fresh.items():
+            if self.cached_bytes + features.num_bytes <= self.cache_bytes:
+                self._cache[key] = features
+                self.cached_bytes += features.num_bytes
+        return found
+
     def compute(self, tokens: Tensor, prompt_len: int) -> Features:
         """Run the target over a text whose response starts at ``prompt_len``."""
-        self.computed += 1
+        return self.compute_together([(tokens, prompt_len)])[0]
+
+    @torch.no_grad()
+    def compute_together(self, texts: Sequence[tuple[Tensor, int]]) -> list[Features]:
+        """Run the target over several texts at once.
+
+        Causal attention never looks at the padding behind a text's end.
+
+        Args:
+            texts: tokens ``[T]`` int64 and prompt length of each.
+        """
+        self.computed += len(texts)
+        padded = pad_sequence([tokens for tokens, _ in texts], batch_first=True)
+        first = min(prompt_len for _, prompt_len in texts)
         output = self.target(
-            tokens[None],
+            padded.to(self.target.device),
             output_hidden_states=True,
             use_cache=False,
-            logits_to_keep=len(tokens) - prompt_len,
+            logits_to_keep=padded.shape[1] - first,
         )
         # hidden_states[i + 1] is the output of layer i.
-        taps = [output.hidden_states[i + 1][0] for i in self.layer_ids]
-        logits = output.logits[0].float()
-        top = logits.topk(min(self.top, logits.shape[-1]), dim=-1)
-        probs = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
-        hidden = torch.cat(taps, dim=-1)
-        return Features(hidden, prompt_len, top.indices.int(), probs)
+        taps = [output.hidden_states[i + 1] for i in self.layer_ids]
+        found = []
+        for row, (tokens, prompt_len) in enumerate(texts):
+            length = len(tokens)
+            hidden = torch.cat([tap[row, :length] for tap in taps], dim=-1)
+            logits = output.logits[row, prompt_len - first : length - first].float()
+            top = logits.topk(min(self.top, logits.shape[-1]), dim=-1)
+            probs = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+            found.append(Features(hidden, prompt_len, top.indices.int(), probs))
+        return found
 
 
 def channel_scale(features: Sequence[Features]) -> Tensor:
@@ -96,7 +121,9 @@ def channel_scale(features: Sequence[Features]) -> Tensor:
     Hidden states have channels hundreds of times larger than the rest; the trainer
     divides by these scales and folds them into the projection when it exports.
     """
-    total = torch.zeros(features[0].hidden.shape[-1], dtype=torch.float64)
+    total = features[0].hidden.new_zeros(
+        features[0].hidden.shape[-1], dtype=torch.float64
+    )
     count = 0
     for item in features:
         total += item.hidden.double().square().sum(0)

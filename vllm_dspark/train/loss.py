@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from vllm_dspark.ops.loss_rows import loss_rows_
 
 # Rows of logits alive at a time: large enough for efficient products, small enough
-# for a shared cache (512 rows of 16k tokens are 16 MB in bfloat16).
-_ROWS = 512
+# for a shared cache (512 rows of 16k tokens are 16 MB in bfloat16). GPUs want few and
+# large ones.
+_ROWS, _ROWS_GPU = 512, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +121,10 @@ class _BlockLoss(torch.autograd.Function):
         d_inputs = torch.empty_like(inputs)
         d_w2 = None if w2 is None else torch.zeros_like(w2, dtype=torch.float32)
         ids = target.ids.int()
-        buffer = inputs.new_empty(min(n, _ROWS), len(table))
-        for start in range(0, n, _ROWS):
-            rows = slice(start, min(start + _ROWS, n))
+        most = _ROWS_GPU if hidden.is_cuda else _ROWS
+        buffer = inputs.new_empty(min(n, most), len(table))
+        for start in range(0, n, most):
+            rows = slice(start, min(start + most, n))
             part = inputs[rows]
             logits = torch.mm(part, table.T, out=buffer[: len(part)])
             ce[rows], distance[rows], _ = loss_rows_(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vllm_dspark.model.drafter import Drafter
 from vllm_dspark.train.blocks import Blocks
-from vllm_dspark.train.features import Features
 from vllm_dspark.train.loss import (
     block_loss,
     confidence_loss,
@@ -63,39 +62,52 @@ class SequenceLoss:
         # Frozen, so cast once.
         self.lm_head = drafter.lm_head.weight.detach().to(dtype)
         self.embeddings = drafter.embed_tokens.weight.detach()
-        self.position_weights = position_weights(drafter.config.block_size)
+        size = drafter.config.block_size
+        self.position_weights = position_weights(size, scale.device)
 
     def precision(self) -> torch.autocast:
         """Context that a step runs in; weights are cast once as long as it is open."""
+        kind = self.inverse_scale.device.type
         mixed = self.dtype is torch.bfloat16
-        return torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+        return torch.autocast(kind, torch.bfloat16, enabled=mixed)
 
-    def hidden(self, features: Features, blocks: Blocks) -> Tensor:
-        """h of all blocks, ``[R, K, d]``."""
-        drafter = self.drafter
-        size = blocks.prev_ids.shape[1]
-        last = int(blocks.anchors.max())
+    def hidden(self, features: Tensor, blocks: Blocks) -> Tensor:
+        """h of all blocks, ``[R, K, d]``.
+
+        Args:
+            features: ``[T, m·d]`` of the one text they are of, or ``[C, T, m·d]`` of C
+                texts with R/C blocks each, side by side.
+            blocks: their inputs.
+        """
+        drafter, last = self.drafter, blocks.context
         # Blocks see positions before their anchor only.
-        context = features.hidden[:last].to(self.dtype) * self.inverse_scale
-        ctx = drafter.context_kv(context[None], torch.arange(last)[None])
+        context = features[..., :last, :].to(self.dtype) * self.inverse_scale
+        if context.ndim == 2:
+            context = context[None]
+        positions = torch.arange(last, device=context.device)
+        ctx = drafter.context_kv(context, positions.expand(len(context), -1))
         mask_id = drafter.config.mask_token_id
-        ids = torch.full((len(blocks.anchors), size), mask_id)
+        ids = torch.full_like(blocks.prev_ids, mask_id)
         ids[:, 0] = blocks.prev_ids[:, 0]
         x = self.embeddings[ids].to(self.dtype)
-        packed = x.device.type == "cpu" and int(blocks.anchors.min()) > 0
+        packed = (
+            x.device.type == "cpu"
+            and len(context) == 1
+            and int(blocks.anchors.min()) > 0
+        )
         return drafter.run_block(x, blocks.anchors, ctx, packed)
 
     def backward(
         self,
-        features: Features,
+        features: Tensor,
         blocks: Blocks,
         ce_weight: float,
         total_weight: float,
     ) -> StepSums:
-        """Add this sequence's gradient to the parameters'; within `precision`.
+        """Add these blocks' gradient to the parameters'; within `precision`.
 
         Args:
-            features, blocks: the sequence.
+            features, blocks: as `hidden` takes them.
             ce_weight: α of this step.
             total_weight: sum of the row weights of the whole step.
         """
@@ -104,7 +116,7 @@ class SequenceLoss:
         return sums
 
     def _loss(
-        self, features: Features, blocks: Blocks, ce_weight: float
+        self, features: Tensor, blocks: Blocks, ce_weight: float
     ) -> tuple[Tensor, StepSums]:
         drafter, options = self.drafter, self.options
         hidden = self.hidden(features, blocks)
@@ -112,37 +124,45 @@ class SequenceLoss:
         head = drafter.markov_head
         latent = w2 = prev = None
         if head is not None:
-            latent = head.latent(blocks.prev_ids, hidden)
-            latent = latent.flatten(0, 1).to(self.dtype)
+            latent = _counted(head.latent(blocks.prev_ids, hidden), blocks)
+            latent = latent.to(self.dtype)
             w2 = head.markov_w2.weight.to(self.dtype)
-        weights = self.position_weights[:size] * blocks.valid
+        weights = _counted(self.position_weights[:size] * blocks.valid, blocks)
+        hidden = _counted(hidden, blocks)
         loss, terms = block_loss(
-            hidden.flatten(0, 1).to(self.dtype),
+            hidden.to(self.dtype),
             latent,
             self.lm_head,
             w2,
             blocks.target,
-            weights.flatten(),
+            weights,
             ce_weight,
             options.tv_weight,
         )
-        bce = torch.zeros_like(weights).flatten()
+        bce = torch.zeros_like(weights)
         if drafter.confidence_head is not None and options.confidence_weight:
             if head is not None and drafter.config.confidence_head_with_markov:
-                prev = head.embed(blocks.prev_ids)
-            logits = drafter.confidence_head(hidden, prev).flatten()
+                prev = head.embed(_counted(blocks.prev_ids, blocks))
+            logits = drafter.confidence_head(hidden, prev)
             bce = confidence_loss(logits, terms.distance)
-            loss = loss + options.confidence_weight * (weights.flatten() * bce).sum()
-        return loss, self._sums(blocks.valid, terms.cross_entropy, terms.distance, bce)
+            loss = loss + options.confidence_weight * (weights * bce).sum()
+        return loss, self._sums(blocks, terms.cross_entropy, terms.distance, bce)
 
-    def _sums(self, valid: Tensor, *terms: Tensor) -> StepSums:
-        width = self.drafter.config.block_size
+    def _sums(self, blocks: Blocks, *terms: Tensor) -> StepSums:
+        size, width = blocks.valid.shape[1], self.drafter.config.block_size
+        valid = _counted(blocks.valid, blocks).double()
+        rows = torch.stack([torch.ones_like(valid), *(t.detach() for t in terms)])
+        rows = rows.double() * valid
+        position = torch.arange(blocks.valid.numel(), device=valid.device) % size
+        total = rows.new_zeros(len(rows), width)
+        total.index_add_(1, _counted(position.view(-1, size), blocks), rows)
+        return StepSums(*total.cpu().numpy())
 
-        def by_position(values: Tensor) -> np.ndarray:
-            total = (values.detach().view(valid.shape).double() * valid).sum(0)
-            return np.pad(total.numpy(), (0, width - valid.shape[1]))
 
-        return StepSums(by_position(torch.ones_like(valid)), *map(by_position, terms))
+def _counted(values: Tensor, blocks: Blocks) -> Tensor:
+    """The rows that count, of ``[R, K, ...]``: ``[N, ...]``."""
+    flat = values.flatten(0, 1)
+    return flat if blocks.rows is None else flat[blocks.rows]
 
 
 def total_weight(rows: Sequence[np.ndarray], block_size: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from vllm_dspark.train.blocks import Blocks, build_blocks, num_rows
 from vllm_dspark.train.continued import Start
 from vllm_dspark.train.data import Sequence, TrainingData
 from vllm_dspark.train.export import checkpoint_state, export
-from vllm_dspark.train.features import Features, FeatureSource, channel_scale
+from vllm_dspark.train.features import FeatureSource, channel_scale
 from vllm_dspark.train.initial import drafter_config, fresh_drafter, target_parts
 from vllm_dspark.train.optim import Optimizers, world
 from vllm_dspark.train.options import TrainOptions
+from vllm_dspark.train.packing import pack_sequences
 from vllm_dspark.train.record import Log, step_line, validation_line
 from vllm_dspark.train.step import SequenceLoss, StepSums, total_weight
 from vllm_dspark.train.validate import Validation, Validator
@@ -35,6 +36,8 @@ from vllm_dspark.train.vocabulary import (
 
 _SCALE_SEQUENCES = 32
 _GIB = 1 << 30
+# Sequences in one pass on a GPU; those of a step that are left follow.
+_TOGETHER = 32
 # Where the channel scale lies among a checkpoint's tensors.
 _SCALE, _WEIGHTS, _MOMENTA = "scale", "weights.", "momenta."
 
@@ -69,7 +72,7 @@ class Trainer:
     """One run, fresh or resumed.
 
     Args:
-        target: the Hugging Face target, in the dtype to train in.
+        target: the Hugging Face target, in the dtype and on the device to train in.
         special_ids: the tokenizer's special tokens.
         data: texts.
         options: everything else.
@@ -103,13 +106,16 @@ class Trainer:
             options.top,
             int(options.cache_gb * _GIB / world()[1]),
         )
+        self.device = next(target.parameters()).device
         self.drafter = fresh_drafter(
             checked,
             parts,
             self.vocabulary.draft_to_target,
             options.init,
             options.seed,
-        )
+        ).to(self.device)
+        to_draft = self.vocabulary.target_to_draft
+        self.to_draft = None if to_draft is None else to_draft.to(self.device)
         if self.drafter.markov_head is not None:
             # A step touches few of its rows.
             self.drafter.markov_head.markov_w1.sparse = True
@@ -181,8 +187,7 @@ class Trainer:
         self.optimizers.zero_grad()
         sums = []
         with self.model.precision():
-            for sequence in dealt:
-                features, blocks = self._blocks(sequence, size)
+            for features, blocks in self._blocks(dealt, size):
                 done = self.model.backward(features, blocks, ce_weight, weight)
                 sums.append(done)
         norm = self.optimizers.step(step)
@@ -191,16 +196,23 @@ class Trainer:
             total = total + more
         return total, norm
 
-    def _blocks(self, sequence: Sequence, size: int) -> tuple[Features, Blocks]:
-        text = (sequence.tokens, sequence.prompt_len)
-        features = self.source.get(sequence.key, *text)
-        return features, build_blocks(
-            sequence.tokens,
-            features,
-            sequence.anchors,
-            size,
-            self.vocabulary.target_to_draft,
-        )
+    def _blocks(
+        self, sequences: list[Sequence], size: int
+    ) -> Iterator[tuple[Tensor, Blocks]]:
+        """Hidden states and blocks, a sequence at a time or, on a GPU, many."""
+        each = 1 if self.device.type == "cpu" else _TOGETHER
+        for start in range(0, len(sequences), each):
+            some = sequences[start : start + each]
+            texts = [(s.key, s.tokens, s.prompt_len) for s in some]
+            features = self.source.get_together(texts)
+            if each > 1:
+                yield pack_sequences(some, features, size, self.to_draft)
+                continue
+            (one,), (known,) = some, features
+            yield (
+                known.hidden,
+                build_blocks(one.tokens, known, one.anchors, size, self.to_draft),
+            )
 
     def _ce_weight(self) -> float:
         """α of this step: from `ce_start` down to `ce_weight` at half the run."""
@@ -285,14 +297,14 @@ class Trainer:
                 elif name.startswith(_MOMENTA):
                     momenta[name.removeprefix(_MOMENTA)] = tensor
         self.optimizers.load(momenta)
-        return tensors[_SCALE]
+        return tensors[_SCALE].to(self.device)
 
     def _validator(self) -> Validator:
         texts = []
         for key in self.data.validation.tolist():
             tokens, prompt_len = self.data.text(key)
             texts.append((tokens, prompt_len, self.source.compute(tokens, prompt_len)))
-        return Validator(self.model, texts, self.vocabulary.target_to_draft)
+        return Validator(self.model, texts, self.to_draft)
 
     def _export(self, result: Validation) -> None:
         tensors = checkpoint_state(self.drafter, self.scale, self.vocabulary.offsets)

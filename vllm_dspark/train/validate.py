@@ -47,7 +47,7 @@ def draft_everywhere(
 ) -> tuple[Tensor, Tensor | None]:
     """Greedy drafts ``[R, K]`` and their confidences after every anchor of a text."""
     with model.precision():
-        hidden = model.hidden(features, blocks).to(model.dtype)
+        hidden = model.hidden(features.hidden, blocks).to(model.dtype)
     draft = draft_sequential(
         F.linear(hidden, model.lm_head),
         hidden,
@@ -114,10 +114,10 @@ class Validator:
             anchors = np.arange(prompt_len, len(tokens) - 1)
             blocks = build_blocks(tokens, features, anchors, size, self.target_to_draft)
             drafts, confidence = draft_everywhere(self.model, features, blocks)
-            rounds, accepted = walk(tokens, anchors, drafts)
+            rounds, accepted = walk(tokens, anchors, drafts.cpu())
             counts += accepted
             if confidence is not None:
-                scores.append(confidence.numpy()[rounds])
+                scores.append(confidence.cpu().numpy()[rounds])
         return _summary(
             np.asarray(counts), np.concatenate(scores) if scores else None, size
         )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from vllm_dspark.cli.server import Server, speculative_arguments
 
 PROMPTS = Path(__file__).resolve().parent / "data" / "gpu-check-prompts.jsonl"
 WITHOUT_PLUGIN = {"VLLM_PLUGINS": ""}
+LOG_LINES = 60
 
 
 def arms_of(drafter: str, positions: int | None) -> dict[str, dict[str, Any]]:
@@ -60,11 +64,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         target, drafter = str(demo_target.prepare(print)), str(find_drafter(None))
     found: dict[str, Any] = {}
     texts: dict[str, list[list[int]]] = {}
-    for name, arm in arms_of(drafter, arguments.num_speculative_tokens).items():
+    every = arms_of(drafter, arguments.num_speculative_tokens)
+    for name in arguments.arms:
         try:
-            found[name], texts[name] = _run(name, arm, target, arguments)
+            found[name], texts[name] = _run(name, every[name], target, arguments)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
+            found[name]["log"] = log_end(log_of(name, arguments))
+            print(name, found[name]["error"], flush=True)
             continue
         if "none" in texts:
             pairs = zip(texts[name], texts["none"], strict=True)
@@ -73,13 +80,48 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def log_of(name: str, arguments: argparse.Namespace) -> Path:
+    """Where an arm's server writes."""
+    file = name.replace(" ", "-").replace(",", "") + ".log"
+    return Path(arguments.logs) / file
+
+
+def log_end(log: Path) -> list[str]:
+    """The last lines of a log, none if there is none."""
+    if not log.exists():
+        return []
+    return log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+
+
+@contextmanager
+def stopped_after(server: Server, seconds: float) -> Iterator[None]:
+    """Stops the server when time is up; what then fails names the limit."""
+    over = threading.Event()
+
+    def stop() -> None:
+        over.set()
+        server.stop()
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if over.is_set():
+            raise TimeoutError(f"the arm took over {seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
+
+
 def _run(
     name: str, arm: dict[str, Any], target: str, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    log = arguments.logs / f"{name.replace(' ', '-').replace(',', '')}.log"
-    options = arguments_of(arm, max(arguments.streams))
+    options = arguments_of(arm, max(arguments.streams)) + arguments.serve_args
     asked, limit = questions(), arguments.max_tokens
-    with Server(target, options, log, arm.get("environment")) as server:
+    server = Server(target, options, log_of(name, arguments), arm.get("environment"))
+    with server, stopped_after(server, arguments.arm_seconds):
         ready = server.wait_ready(lambda *_: None)
         client = connect(server)
         for messages in asked[:3]:  # graphs and caches; not counted

@@ -2,6 +2,7 @@
 
     make gpu-check                                  # with the demo pair
     make gpu-check GPU_ARGS='--target T --drafter D --json gpu.json'
+    make gpu-check GPU_ARGS='--parts servers --arms none --serve-args "--dtype half"'
 
 1. Kernels on the device against their references: pytest's ``gpu`` tests, the V2
    runner's rejection kernel against vLLM's own, token for token, and the sequential
@@ -11,13 +12,16 @@
    adaptive), and with this plugin; one stream and several.
 4. A file with all of it and where it came from.
 
-A part that fails says so in the report, and the others run. Without an NVIDIA GPU
+A part that fails says so in the report, and the others run; a server's log ends there,
+too. The file is written after each part, so a run that is cut off leaves what it found.
+Without an NVIDIA GPU
 nothing is run, nothing is written, and the exit status is 3.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import traceback
@@ -30,6 +34,7 @@ import _gpu_arms as arms
 import _gpu_kernels as kernels
 
 NO_GPU = 3
+PARTS = ("tests", "kernels", "servers")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,10 +65,13 @@ def device() -> dict[str, Any]:
 
 def gpu_tests() -> dict[str, Any]:
     """The tests that are marked for a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/ops"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    return {"passed": done.returncode == 0, "summary": lines[-1] if lines else ""}
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    found = {"passed": done.returncode == 0, "summary": lines[-1] if lines else ""}
+    if not found["passed"]:
+        found["output"] = lines[-60:]
+    return found
 
 
 def attempt(name: str, part: Callable[[], Any]) -> Any:
@@ -96,12 +104,25 @@ def parse() -> argparse.Namespace:
     add("--streams", type=int, nargs="+", default=[1, 16], help="requests at a time")
     add("--max-tokens", type=int, default=128)
     add("--num-speculative-tokens", type=int, help="default: the drafter's block")
-    add("--no-servers", action="store_true", help="kernels only")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--arms", nargs="+", metavar="ARM", help="of the servers; default: all")
+    add(
+        "--serve-args",
+        type=shlex.split,
+        default=[],
+        metavar="'...'",
+        help="further arguments of every arm's `vllm serve`",
+    )
+    add("--arm-seconds", type=float, default=1200.0, help="limit of one arm's server")
     add("--json", type=Path, default=Path("gpu-check.json"))
     add("--logs", type=Path, default=Path("gpu-check-logs"))
     arguments = parser.parse_args()
     if (arguments.target is None) != (arguments.drafter is None):
         parser.error("give --target and --drafter, or neither (the demo pair)")
+    known = list(arms.arms_of("", None))
+    arguments.arms = arguments.arms or known
+    if unknown := set(arguments.arms) - set(known):
+        parser.error(f"no arms {sorted(unknown)}; there are {known}")
     return arguments
 
 
@@ -114,13 +135,14 @@ def main() -> int:
         )
         return NO_GPU
     report: dict[str, Any] = {"device": device()}
-    report["tests"] = attempt("tests marked gpu", gpu_tests)
-    report["kernels"] = {
-        name: attempt(name, part) for name, part in kernels.PARTS.items()
+    parts: dict[str, Callable[[], Any]] = {
+        "tests": lambda: attempt("tests marked gpu", gpu_tests),
+        "kernels": lambda: {n: attempt(n, part) for n, part in kernels.PARTS.items()},
+        "servers": lambda: attempt("servers", lambda: arms.measure(arguments)),
     }
-    if not arguments.no_servers:
-        report["servers"] = attempt("servers", lambda: arms.measure(arguments))
-    common.write_json(arguments.json, report)
+    for name in arguments.parts:
+        report[name] = parts[name]()
+        common.write_json(arguments.json, report)
     print("something failed: see the report" if failed(report) else "all parts passed")
     return int(failed(report))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +67,38 @@ def test_a_part_that_fails_is_in_the_report_and_the_others_run(
         assert report["kernels"]["first"] == {"error": "RuntimeError: no room"}
 
 
+def test_parts_can_be_chosen_and_each_is_written_at_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def servers(arguments: Any) -> Any:
+        assert json.loads(file.read_text())["kernels"] == {"first": {"us": 3.0}}
+        assert arguments.arms == ["none", "vllm fixed"]
+        assert arguments.serve_args == ["--dtype", "half"]
+        raise KeyboardInterrupt
+
+    def tests() -> Any:
+        raise AssertionError("not asked for")
+
+    monkeypatch.setattr(gpu_check, "trouble", lambda: None)
+    monkeypatch.setattr(gpu_check, "device", lambda: {"name": "made up"})
+    monkeypatch.setattr(gpu_check, "gpu_tests", tests)
+    monkeypatch.setattr(kernels, "PARTS", parts(first={"us": 3.0}))
+    monkeypatch.setattr(arms, "measure", servers)
+    chosen = ["--parts", "kernels", "servers", "--arms", "none", "vllm fixed"]
+    sys.argv += [*chosen, "--serve-args", "--dtype half"]
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main()
+
+
+def test_an_arm_that_is_not_there_is_refused(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sys.argv += ["--arms", "none", "vllm fixd"]
+    with pytest.raises(SystemExit):
+        gpu_check.parse()
+    assert "'vllm fixd'" in (said := capsys.readouterr().err) and "vllm fixed" in said
+
+
 def test_arms_differ_in_what_they_are_about() -> None:
     found = arms.arms_of("DRAFTER", 3)
     assert found["none"] == {}
@@ -84,8 +118,23 @@ def test_arms_differ_in_what_they_are_about() -> None:
     assert len(arms.questions()) == 12
 
 
-def test_a_server_that_dies_does_not_end_the_others(
-    monkeypatch: pytest.MonkeyPatch,
+def settings(tmp_path: Path, **changes: Any) -> Any:
+    values = {
+        "target": "T",
+        "drafter": "D",
+        "num_speculative_tokens": None,
+        "arms": list(arms.arms_of("", None)),
+        "logs": tmp_path,
+        "streams": [1],
+        "max_tokens": 8,
+        "serve_args": [],
+        "arm_seconds": 60.0,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def test_a_server_that_dies_leaves_its_log_and_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def run(name: str, *_: Any) -> Any:
         if name == "vllm adaptive":
@@ -93,11 +142,59 @@ def test_a_server_that_dies_does_not_end_the_others(
         return {"one_stream_tok_s": 1.0}, [[1, 2], [3]]
 
     monkeypatch.setattr(arms, "_run", run)
-    arguments = SimpleNamespace(target="T", drafter="D", num_speculative_tokens=None)
-    found = arms.measure(arguments)
+    lines = [f"line {i}" for i in range(500)]
+    (tmp_path / "vllm-adaptive.log").write_text("\n".join(lines))
+    found = arms.measure(settings(tmp_path))
     assert "status 1" in found["vllm adaptive"]["error"]
+    assert found["vllm adaptive"]["log"] == lines[-arms.LOG_LINES :]
     assert found["dspark adaptive"]["texts_equal"] == 2
     assert gpu_check.failed(found)
+
+
+def test_arguments_for_every_server_come_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Last, so that they win over an arm's own."""
+    seen = []
+
+    def server(target: str, options: list[str], log: Path, environment: Any) -> Any:
+        seen.append((target, options, log))
+        raise ValueError("no server here")
+
+    monkeypatch.setattr(arms, "Server", server)
+    more = ["--max-num-seqs", "3"]
+    chosen = settings(tmp_path, serve_args=more, arms=["none", "dspark fixed"])
+    found = arms.measure(chosen)
+    assert [options[-2:] for _, options, _ in seen] == [more, more]
+    assert seen[1][2] == tmp_path / "dspark-fixed.log"
+    assert list(found) == chosen.arms and found["none"]["log"] == []
+
+
+class Stoppable:
+    """A server that can only be stopped."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+def test_an_arm_that_takes_too_long_is_stopped() -> None:
+    server: Any = Stoppable()
+    with (
+        pytest.raises(TimeoutError, match=r"over 0\.01 s"),
+        arms.stopped_after(server, 0.01),
+    ):
+        assert server.stopped.wait(60)
+        raise ConnectionError("the server went away")
+
+
+def test_an_error_in_time_is_its_own() -> None:
+    server: Any = Stoppable()
+    with pytest.raises(ConnectionError), arms.stopped_after(server, 60):
+        raise ConnectionError("the server went away")
+    assert not server.stopped.is_set()
 
 
 def test_dataclasses_of_tensors_move() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,110 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         from vllm_dspark.cli.demo import find_drafter
 
         target, drafter = str(demo_target.prepare(print)), str(find_drafter(None))
+    every = arms_of(drafter, arguments.num_speculative_tokens)
+    chosen = {name: every[name] for name in arguments.arms}
     found: dict[str, Any] = {}
     texts: dict[str, list[list[int]]] = {}
-    every = arms_of(drafter, arguments.num_speculative_tokens)
-    for name in arguments.arms:
-        try:
-            found[name], texts[name] = _run(name, every[name], target, arguments)
-        except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
-            found[name]["log"] = log_end(log_of(name, arguments))
-            print(name, found[name]["error"], flush=True)
-            continue
+    if arguments.at_once:
+        _all_at_once(chosen, target, arguments, found, texts)
+    else:
+        for name, arm in chosen.items():
+            with (
+                _reported(name, arguments, found),
+                _started(name, arm, target, arguments) as server,
+            ):
+                ready = server.wait_ready(lambda *_: None)
+                warm_up(server)
+                result, texts[name] = one_round(server, arguments)
+                found[name] = {"ready_seconds": ready, **result}
+    for name, answers in texts.items():
         if "none" in texts:
-            pairs = zip(texts[name], texts["none"], strict=True)
+            pairs = zip(answers, texts["none"], strict=True)
             found[name]["texts_equal"] = sum(a == b for a, b in pairs)
         print(name, found[name], flush=True)
     return found
+
+
+def _all_at_once(
+    chosen: dict[str, dict[str, Any]],
+    target: str,
+    arguments: argparse.Namespace,
+    found: dict[str, Any],
+    texts: dict[str, list[list[int]]],
+) -> None:
+    """All servers live, asked in turns: what disturbs the machine disturbs all arms.
+
+    Those that measure their costs at start do so while the others are idle.
+    """
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        for measuring in (False, True):
+            some = {n: a for n, a in chosen.items() if _measures(a) is measuring}
+            for name, arm in some.items():
+                with _reported(name, arguments, found):
+                    started = _started(name, arm, target, arguments)
+                    servers[name] = stack.enter_context(started)
+                if measuring and name in servers:
+                    _wait(name, arguments, found, servers)
+            for name in some:
+                if name in servers and not measuring:
+                    _wait(name, arguments, found, servers)
+        for server in servers.values():
+            warm_up(server)
+        for _ in range(arguments.rounds):
+            for name, server in list(servers.items()):
+                with _reported(name, arguments, found):
+                    result, texts[name] = one_round(server, arguments)
+                    rounds.setdefault(name, []).append(result)
+    for name, results in rounds.items():
+        found[name].update(_medians(results))
+
+
+def _measures(arm: dict[str, Any]) -> bool:
+    return "enable_adaptive_verification" in arm.get("spec", {})
+
+
+def _wait(
+    name: str,
+    arguments: argparse.Namespace,
+    found: dict[str, Any],
+    servers: dict[str, Server],
+) -> None:
+    """Note how long a server took to be ready, or leave it out."""
+    server = servers.pop(name)
+    with _reported(name, arguments, found):
+        found[name] = {"ready_seconds": server.wait_ready(lambda *_: None)}
+        servers[name] = server
+
+
+def _medians(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of every figure over the rounds, and the rounds themselves."""
+    whole = {k: statistics.median(r[k] for r in results) for k in results[0]}
+    return {**whole, "rounds": results}
+
+
+@contextmanager
+def _reported(
+    name: str, arguments: argparse.Namespace, found: dict[str, Any]
+) -> Iterator[None]:
+    """An arm that fails is an entry of the report."""
+    try:
+        yield
+    except Exception as error:
+        found[name] = {"error": f"{type(error).__name__}: {error}"}
+        found[name]["log"] = log_end(log_of(name, arguments))
+        print(name, found[name]["error"], flush=True)
+
+
+@contextmanager
+def _started(
+    name: str, arm: dict[str, Any], target: str, arguments: argparse.Namespace
+) -> Iterator[Server]:
+    options = arguments_of(arm, max(arguments.streams)) + arguments.serve_args
+    server = Server(target, options, log_of(name, arguments), arm.get("environment"))
+    with server, stopped_after(server, arguments.arm_seconds):
+        yield server
 
 
 def log_of(name: str, arguments: argparse.Namespace) -> Path:
@@ -115,34 +204,35 @@ def stopped_after(server: Server, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _run(
-    name: str, arm: dict[str, Any], target: str, arguments: argparse.Namespace
+def warm_up(server: Server) -> None:
+    """Graphs and caches; not counted."""
+    client = connect(server)
+    for messages in questions()[:3]:
+        ask(client, messages, 16, lambda *_: None)
+
+
+def one_round(
+    server: Server, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    options = arguments_of(arm, max(arguments.streams)) + arguments.serve_args
+    """Figures of all questions, one stream and several, and the answers."""
     asked, limit = questions(), arguments.max_tokens
-    server = Server(target, options, log_of(name, arguments), arm.get("environment"))
-    with server, stopped_after(server, arguments.arm_seconds):
-        ready = server.wait_ready(lambda *_: None)
-        client = connect(server)
-        for messages in asked[:3]:  # graphs and caches; not counted
-            ask(client, messages, 16, lambda *_: None)
-        before = server.metrics()
-        result: dict[str, Any] = {"ready_seconds": ready, "prompts": len(asked)}
-        alone = [ask(client, messages, limit, lambda *_: None) for messages in asked]
-        result["one_stream_tok_s"] = geometric_mean(
-            [answer.tokens_per_second for answer in alone]
-        )
-        for streams in arguments.streams:
-            if streams > 1:
-                result[f"throughput_{streams}_tok_s"] = _together(
-                    client, asked, limit, streams
-                )
-        counted = speculation_between(before, server.metrics())
-        if counted is not None:
-            result["tau"] = counted.accepted_length
-            result["drafts_verified_per_round"] = counted.draft_tokens / max(
-                counted.rounds, 1
+    client, before = connect(server), server.metrics()
+    result: dict[str, Any] = {"prompts": len(asked)}
+    alone = [ask(client, messages, limit, lambda *_: None) for messages in asked]
+    result["one_stream_tok_s"] = geometric_mean(
+        [answer.tokens_per_second for answer in alone]
+    )
+    for streams in arguments.streams:
+        if streams > 1:
+            result[f"throughput_{streams}_tok_s"] = _together(
+                client, asked, limit, streams
             )
+    counted = speculation_between(before, server.metrics())
+    if counted is not None:
+        result["tau"] = counted.accepted_length
+        result["drafts_verified_per_round"] = counted.draft_tokens / max(
+            counted.rounds, 1
+        )
     return result, [answer.token_ids for answer in alone]
 
 

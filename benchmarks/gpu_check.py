@@ -65,7 +65,16 @@ def device() -> dict[str, Any]:
 
 def gpu_tests() -> dict[str, Any]:
     """The tests that are marked for a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/ops"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "tests/ops",
+        "tests/train",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = (done.stdout + done.stderr).strip().splitlines()
     found = {"passed": done.returncode == 0, "summary": lines[-1] if lines else ""}
@@ -113,6 +122,8 @@ def parse() -> argparse.Namespace:
         metavar="'...'",
         help="further arguments of every arm's `vllm serve`",
     )
+    add("--at-once", action="store_true", help="all servers live, asked in turns")
+    add("--rounds", type=int, default=3, help="of all arms, with --at-once")
     add("--arm-seconds", type=float, default=1200.0, help="limit of one arm's server")
     add("--json", type=Path, default=Path("gpu-check.json"))
     add("--logs", type=Path, default=Path("gpu-check-logs"))

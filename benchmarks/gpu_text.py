@@ -183,7 +183,9 @@ def main() -> None:
     )
     settings = {
         "shares": SHARES,
-        "temperatures": {k: list(map(list, v.items())) for k, v in TEMPERATURES.items()},
+        "temperatures": {
+            k: list(map(list, v.items())) for k, v in TEMPERATURES.items()
+        },
         "max_answer": MAX_ANSWER,
     }
     kept, seen, tokens = [], set(), 0

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import _gpu_arms as arms
 import _gpu_kernels as kernels
@@ -129,26 +129,64 @@ def settings(tmp_path: Path, **changes: Any) -> Any:
         "max_tokens": 8,
         "serve_args": [],
         "arm_seconds": 60.0,
+        "at_once": False,
+        "rounds": 2,
     }
     return SimpleNamespace(**{**values, **changes})
 
 
-def test_a_server_that_dies_leaves_its_log_and_does_not_end_the_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def run(name: str, *_: Any) -> Any:
-        if name == "vllm adaptive":
+class FakeServer:
+    """Is ready at once, unless its log says that it is the one that dies."""
+
+    order: ClassVar[list[str]] = []
+
+    def __init__(self, target: str, options: list[str], log: Path, _: Any) -> None:
+        self.name = log.stem
+
+    def __enter__(self) -> FakeServer:
+        self.order.append(f"start {self.name}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.order.append(f"stop {self.name}")
+
+    def wait_ready(self, *_: Any) -> float:
+        if self.name == "vllm-adaptive":
             raise ValueError("vllm serve ended with status 1")
+        self.order.append(f"ready {self.name}")
+        return 1.0
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_server_that_dies_leaves_its_log_and_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at_once: bool
+) -> None:
+    def one_round(server: Any, _: Any) -> Any:
+        FakeServer.order.append(f"ask {server.name}")
         return {"one_stream_tok_s": 1.0}, [[1, 2], [3]]
 
-    monkeypatch.setattr(arms, "_run", run)
+    FakeServer.order.clear()
+    monkeypatch.setattr(arms, "Server", FakeServer)
+    monkeypatch.setattr(arms, "warm_up", lambda server: None)
+    monkeypatch.setattr(arms, "one_round", one_round)
     lines = [f"line {i}" for i in range(500)]
     (tmp_path / "vllm-adaptive.log").write_text("\n".join(lines))
-    found = arms.measure(settings(tmp_path))
+    found = arms.measure(settings(tmp_path, at_once=at_once))
     assert "status 1" in found["vllm adaptive"]["error"]
     assert found["vllm adaptive"]["log"] == lines[-arms.LOG_LINES :]
     assert found["dspark adaptive"]["texts_equal"] == 2
+    assert found["dspark adaptive"]["one_stream_tok_s"] == 1.0
     assert gpu_check.failed(found)
+    order = FakeServer.order
+    if not at_once:
+        assert order[:4] == ["start none", "ready none", "ask none", "stop none"]
+        return
+    assert order.count("ask none") == 2
+    # An arm that measures its costs at start has no other starting beside it.
+    at = order.index("start dspark-adaptive")
+    assert order[at + 1] == "ready dspark-adaptive" and "ready none" in order[:at]
+    first = order.index("ask none")
+    assert all(not o.startswith(("start", "ready")) for o in order[first:])
 
 
 def test_arguments_for_every_server_come_last(

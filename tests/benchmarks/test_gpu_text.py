@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
-import gpu_text
 import numpy as np
 import pytest
 import torch

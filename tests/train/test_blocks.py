@@ -144,7 +144,9 @@ def test_packed_sequences_equal_sequences_alone(target, head: str, device: str) 
     drafter, source, vocabulary = make_model(target, options)
     rng = np.random.default_rng(3)
     sequences = []
-    for key, (length, prompt_len, most) in enumerate([(30, 10, 6), (19, 3, 99), (9, 7, 9)]):
+    for key, (length, prompt_len, most) in enumerate(
+        [(30, 10, 6), (19, 3, 99), (9, 7, 9)]
+    ):
         tokens = torch.from_numpy(rng.integers(3, 128, length))
         anchors = choose_anchors(prompt_len, length, most, rng)
         sequences.append(Sequence(key, tokens, prompt_len, anchors))

@@ -60,7 +60,12 @@ def loss_rows_(
     require("weights", weights, F32, (n,), logits)
     if backend == "reference":
         # Not on a GPU: the host would wait for it.
-        if not ids.is_cuda and n and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < vocab:
+        if (
+            not ids.is_cuda
+            and n
+            and ids.numel()
+            and not -1 <= int(ids.min()) <= int(ids.max()) < vocab
+        ):
             raise ValueError(f"ids: some are outside [-1, {vocab}) given by logits")
         terms = reference(logits, ids, probs, weights, ce_weight, tv_weight)
         return (*terms, backend)

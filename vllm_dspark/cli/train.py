@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     add("--device", choices=DEVICES, default="auto",
         help="auto: the GPU if there is one")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto",
-        help="of products; auto: bfloat16 where the processor or GPU has it")  # fmt: skip
+        help="of products; auto: bfloat16 where the hardware has it")  # fmt: skip
     add("--threads", type=int, metavar="N", help="of this process (default: torch's)")
     add("--json", type=Path, metavar="FILE", help="write the outcome to FILE")
     group = parser.add_argument_group("training options")

@@ -85,4 +85,6 @@ def _servers(add: Any) -> None:
     add("--kv-gib", type=float, help=size)
     add("--max-model-len", type=int, default=1024, help="context of a server (1024)")
     add("--max-num-seqs", type=int, help="of a server (the largest concurrency)")
+    kinds = ("auto", "bfloat16", "float16", "float32")
+    add("--dtype", choices=kinds, default="auto", help="of a server (the target's)")
     add("--compiled", action="store_true", help="torch.compile instead of eager")

@@ -30,6 +30,7 @@ def shared_arguments(args: argparse.Namespace) -> list[str]:
     found += ["--max-num-seqs", str(args.max_num_seqs)]
     # Prompts come again in later rounds; they must not skip their prefill then.
     found += ["--no-enable-prefix-caching"]
+    found += ["--dtype", args.dtype]
     return found + ([] if args.compiled else ["--enforce-eager"])
 
 
@@ -169,22 +170,23 @@ class Fleet(contextlib.ExitStack):
         self.servers.clear()
 
 
-def kv_gib(folders: Sequence[str], tokens: int) -> float:
+def kv_gib(folders: Sequence[str], tokens: int, number_bytes: int = 2) -> float:
     """K/V cache that holds a number of tokens, GiB, with a quarter to spare.
 
     Args:
         folders: of the models that keep K/V of each token: target and drafter.
         tokens: of all requests together.
+        number_bytes: of a number.
 
     Raises:
         ValueError: a model's config.json does not say how large its K/V is.
     """
-    each = sum(map(_token_bytes, folders))
+    each = number_bytes * sum(map(_token_numbers, folders))
     return round(1.25 * tokens * each / 2**30, 2)
 
 
-def _token_bytes(folder: str) -> int:
-    """Bytes of a token's K/V in all layers, at 16 bits a number."""
+def _token_numbers(folder: str) -> int:
+    """Numbers of a token's K/V in all layers."""
     file = Path(folder) / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -199,7 +201,7 @@ def _token_bytes(folder: str) -> int:
             f"{file} does not say how large the K/V cache must be "
             f"({type(error).__name__}: {error}); give --kv-gib"
         ) from None
-    return int(2 * 2 * layers * kv_heads * size)
+    return int(2 * layers * kv_heads * size)
 
 
 def check_memory(each: float, available: float, more: int) -> None:

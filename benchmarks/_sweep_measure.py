@@ -105,7 +105,7 @@ class Sweep:
         each = prompt + args.output_tokens + 64
         tokens = max(2 * args.max_model_len, round(args.max_num_seqs * each))
         folders = [args.target, *([args.drafter] if args.drafter else [])]
-        return sweep_fleet.kv_gib(folders, tokens)
+        return sweep_fleet.kv_gib(folders, tokens, 4 if args.dtype == "float32" else 2)
 
     # ---- the order of things ----
 

@@ -51,6 +51,7 @@ SETTINGS = (
     "kv_gib",
     "max_model_len",
     "max_num_seqs",
+    "dtype",
     "compiled",
     "one_at_a_time",
     "suspend",

@@ -94,6 +94,7 @@ def test_the_cache_holds_what_the_models_keep_of_each_token(tmp_path: Path):
     folders = [str(tmp_path / name) for name in ("target", "drafter")]
     # 32 layers of 3 heads of 64 numbers, keys and values, of 2 bytes: 24 KiB a token.
     assert fleet.kv_gib(folders, 2**15) == pytest.approx(0.94, abs=0.01)
+    assert fleet.kv_gib(folders, 2**15, 4) == pytest.approx(1.88, abs=0.01)
     (tmp_path / "target" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="give --kv-gib"):
         fleet.kv_gib(folders, 1)

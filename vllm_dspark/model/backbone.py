@@ -141,7 +141,8 @@ class Attention(nn.Module):
         size, dim = query.shape[1], query.shape[-1]
         # Two products instead of one over concatenated keys: a context shared by many
         # blocks is then read in place rather than copied per block.
-        grouped = query.unflatten(0, (key.shape[0], -1))
+        each = len(query) // len(key)
+        grouped = query.view(len(key), each, *query.shape[1:])
         scores = torch.cat(
             [
                 torch.einsum("cnkhgd,cthd->cnhgkt", grouped, key).flatten(0, 1),
@@ -153,7 +154,7 @@ class Attention(nn.Module):
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
         weights = scores.softmax(-1).to(query.dtype)
         from_context, from_block = weights.split([key.shape[1], size], dim=-1)
-        grouped = from_context.unflatten(0, (key.shape[0], -1))
+        grouped = from_context.view(len(key), each, *from_context.shape[1:])
         out = torch.einsum("cnhgkt,cthd->cnkhgd", grouped, value).flatten(0, 1)
         return out + torch.einsum("rhgkt,rthd->rkhgd", from_block, own_value)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.forks import ForkedServer
 from tests.integration.matrix_requests import FEATURES, LIMIT, REGEX, Arm, refused, said
 from tests.integration.structured_requests import FREE, Kind, requests
 from tests.integration.test_adaptive import cost_table, jagged
@@ -63,14 +64,17 @@ def arms(
     with contextlib.ExitStack() as stack:
         servers = [
             stack.enter_context(
-                Server(
+                kind(
                     target,
                     [*ARGUMENTS, "--lora-modules", f"lora={lora}", *extra],
                     folder / f"{name}.log",
                     ENVIRONMENT,
                 )
             )
-            for name, extra in (("plain", []), ("dspark", dspark))
+            for name, kind, extra in (
+                ("plain", ForkedServer, []),
+                ("dspark", Server, dspark),
+            )
         ]
         found = []
         for server in servers:

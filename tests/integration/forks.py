@@ -23,7 +23,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
+
+import pytest
 
 from vllm_dspark.cli.server import Server
 
@@ -135,3 +137,17 @@ class ForkedServer(Server):
                 self.command[1:], self._environment, output, output
             )
         return self
+
+
+def serve_in_forks(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str = "Server"
+) -> None:
+    """Servers that a module starts in this process (by a class of that name) are forks,
+    whatever other tests have left in the environment."""
+    kind = getattr(module, name)
+    forked = ForkedServer if kind is Server else type(name, (ForkedServer, kind), {})
+    monkeypatch.setattr(module, name, forked)
+    for variable, value in _AT_IMPORT.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

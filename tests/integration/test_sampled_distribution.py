@@ -103,7 +103,7 @@ def sampling(
         drafter = make_tiny_drafter(folder, target, **drafter_settings)
     sizes = {
         "max_num_seqs": 256,
-        "max_num_batched_tokens": 256,
+        "max_num_batched_tokens": 768,  # for about 200 of the 256
         "max_model_len": 64,
         "kv_cache_memory_bytes": 4 * KV_BYTES,
     }

@@ -7,7 +7,9 @@ their own environment, arguments, output, session and end, and load the plugin (
 by themselves.
 
 What is decided while vLLM is imported, and what a spawned process lacks, cannot be
-tested so: `REAL` lists who starts real ones.
+shown so. Real servers, each process with imports of its own, are started by
+``test_matrix_server`` (the one with DSpark), ``test_chain``, ``test_lossless_demo`` and
+``cli.test_demo``; real processes by ``run_python(..., start="fresh")``.
 """
 
 from __future__ import annotations

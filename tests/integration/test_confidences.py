@@ -139,7 +139,6 @@ def test_multiprocessing(tiny_target: Path, tiny_drafter: Path, tmp_path: Path) 
         f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')",
         tiny_target,
         tiny_drafter,
-        start="fresh",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )
     assert result["core"] == "SyncMPClient"

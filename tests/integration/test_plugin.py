@@ -146,7 +146,7 @@ def without_and_with(text_pair: tuple[Path, Path]) -> tuple[dict, dict]:
     results = []
     for plugins in ("", None):
         result, output = run_python_with_output(
-            INERT, text_pair[0], start="fresh", VLLM_PLUGINS=plugins
+            INERT, text_pair[0], VLLM_PLUGINS=plugins
         )
         results.append({**result, "log": log_lines(output)})
     return results[0], results[1]

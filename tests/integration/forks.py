@@ -8,8 +8,8 @@ by themselves.
 
 What is decided while vLLM is imported, and what a spawned process lacks, cannot be
 shown so. Real servers, each process with imports of its own, are started by
-``test_matrix_server`` (the one with DSpark), ``test_chain``, ``test_lossless_demo`` and
-``cli.test_demo``; real processes by ``run_python(..., start="fresh")``.
+``test_matrix_server`` (the one with DSpark), ``test_chain`` and ``cli.test_demo``;
+real processes by ``run_python(..., start="fresh")``.
 """
 
 from __future__ import annotations

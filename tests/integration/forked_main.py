@@ -2,7 +2,7 @@
 
 ``python -m tests.integration.forked_main CHANNEL KIND``: requests come as messages of
 JSON over the socket with that descriptor. A run has a supervisor of its own, which
-tells its process id and how it ended; whoever is left behind ends with its parent.
+tells its process id and how it ended. When the socket's other end is closed, all end.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ def supervise(request: dict[str, Any], reply: int, out: int, err: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
+        os.setsid()
+        os.write(reply, f"{os.getpid()}\n".encode())
         os.close(reply)
         run(request, out, err)
     for fd in (out, err):
         os.close(fd)
-    os.write(reply, f"{pid}\n".encode())
     _, status = os.waitpid(pid, 0)
     os.write(reply, f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
@@ -75,7 +76,6 @@ def supervise(request: dict[str, Any], reply: int, out: int, err: int) -> None:
 def run(request: dict[str, Any], out: int, err: int) -> None:
     """Become what a fresh ``python -m MODULE`` or ``python -c CODE`` would be."""
     end_with_parent(signal.SIGTERM)
-    os.setsid()
     for fd, place in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
         os.dup2(fd, place)
         os.close(fd)
@@ -134,7 +134,6 @@ def end_with_parent(sign: int) -> None:
 
 
 def main(fd: str, kind: str) -> None:
-    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no burial
     if kind == "v2":
         from tests.integration.oracle import v2_patches

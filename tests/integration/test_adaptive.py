@@ -278,7 +278,7 @@ def test_sampled_text_on_a_jagged_curve(
     right = exact.enumerate_texts(
         exact.next_logits(knowing[0]), prompt_ids, length, {"temperature": 1.0}
     )
-    sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 512, "max_model_len": 64}
+    sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 1024, "max_model_len": 64}
     spec = {"draft_sample_method": "probabilistic"}
     with adaptive(knowing, cost_table(tmp_path, jagged), spec=spec, **sizes) as eng:
         controller = eng.scheduler.controller

@@ -199,7 +199,14 @@ def test_a_killed_worker_ends_the_server(
 
     chosen = arms[("plain", "dspark").index(arm)]
     children = psutil.Process(chosen.server.pid).children(recursive=True)
-    (worker,) = [p for p in children if "Worker" in " ".join(p.cmdline())]
+    parents = {chosen.server.pid, *(p.ppid() for p in children)}
+    (worker,) = [  # the engine's child
+        p
+        for p in children
+        if p.pid not in parents
+        and p.ppid() != chosen.server.pid
+        and "resource_tracker" not in " ".join(p.cmdline())
+    ]
     text = ""
     with pytest.raises((OpenAIError, httpx.HTTPError)):
         for number, chunk in enumerate(chosen.complete(max_tokens=200, stream=True)):

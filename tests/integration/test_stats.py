@@ -287,9 +287,9 @@ def test_requests_sum_up_to_the_totals(
     assert summed["verified"] <= summed["drafted"]
     assert 0 < summed["rounds"] <= totals.rounds
     if seconds is free:
-        assert summed["verified"] > 0.8 * summed["drafted"]
-    if seconds is dear:
-        assert summed["verified"] < 0.5 * summed["drafted"]
+        assert summed["verified"] > 0.8 * summed["drafted"] > 60 * len(REQUESTS)
+    if seconds is dear:  # a bypass from the start, and its probes
+        assert summed["drafted"] < 0.5 * 60 * len(REQUESTS)
 
 
 def test_rounds_without_drafts_do_not_count() -> None:

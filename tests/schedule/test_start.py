@@ -86,6 +86,13 @@ def test_an_end_of_the_load_is_noticed() -> None:
     assert min(found.lengths[-10:]) >= 4
 
 
+def test_a_goal_is_not_given_up_for_throughput() -> None:
+    """One request's goal may need drafts that do not pay for all."""
+    found = engine(0.6)
+    found.run(64, 1, goal=5.0)
+    assert found.lengths == [WIDTH]
+
+
 def test_without_a_bypass_one_position_is_drafted() -> None:
     found = engine(0.2, policy=DSparkOptions(bypass=False))
     found.run(64, 20)

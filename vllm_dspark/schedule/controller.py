@@ -110,8 +110,8 @@ class Controller:
         )
         if (goal := float(batch.slo_tps.max(initial=0.0))) > 0:
             allowed = made.throughput / len(batch.ids) >= goal
-        hopeful = None
-        if self.drafting.starting:
+        hopeful = None  # a goal comes before throughput
+        if self.drafting.starting and allowed is None:
             limits = self._hope.survival()
             hopeful = self._forecaster.hopeful(batch, limits, self._costs)
         self._choice = self.drafting.choose(

@@ -32,7 +32,8 @@ def run_module(
     Raises:
         AssertionError: it failed; the end of its errors is in the message.
     """
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
+    others = (*LEFT_BY_OTHER_TESTS, "VLLM_PLUGINS", "OMP_NUM_THREADS")
+    env = {k: v for k, v in os.environ.items() if k not in others}
     if plugins is not None:
         env["VLLM_PLUGINS"] = plugins
     argv = ["-m", module, *map(str, arguments)]

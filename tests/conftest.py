@@ -18,18 +18,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # What takes minutes in `make test-all`, longest first.
 LONG_FILES = (
-    "integration/test_v2_adapter.py",
-    "integration/test_lossless_demo.py",
     "integration/test_v2_control.py",
+    "integration/test_sampled_distribution.py",
+    "integration/test_lossless_demo.py",
+    "integration/test_v2_adapter.py",
+    "integration/test_chain.py",
     "integration/test_v2_rejection_kernel.py",
     "integration/test_matrix_server.py",
-    "integration/test_server.py",
     "integration/test_oracle_v2.py",
+    "integration/test_adaptive.py",
+    "cli/test_demo.py",
+    "integration/test_plugin.py",
     "integration/test_stats.py",
+    "integration/test_matrix_offline.py",
+    "integration/test_server.py",
+    "ops/test_sequential_triton.py",
     "integration/test_acceptance_steady.py",
     "integration/test_kept_cost.py",
     "benchmarks/test_serve_sweep.py",
-    "integration/test_plugin.py",
 )
 
 

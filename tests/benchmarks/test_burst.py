@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import _sweep_fleet
 import burst
 import pytest
+
+from tests.integration.forks import serve_in_forks
 
 LOADS = [1, 6, 1]
 
@@ -27,7 +30,7 @@ def test_a_burst(
 ) -> None:
     target, drafter = text_pair
     monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    serve_in_forks(monkeypatch, _sweep_fleet, "OwnServer")
     out = tmp_path / "out"
     argv = ["burst.py", "--target", str(target), "--drafter", str(drafter)]
     argv += ["--prompts", str(prompts(tmp_path / "p.jsonl")), "--out", str(out)]

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.integration.forks import serve_in_forks
 from tests.tiny import make_tiny_drafter
 from vllm_dspark.calibration import file
 from vllm_dspark.cli import main
 from vllm_dspark.cli.arms import Speculation
+from vllm_dspark.cli.rounds import engine_vllm
 from vllm_dspark.cli.rounds.methods import counted
 from vllm_dspark.model.checkpoint import weights_hash
 
@@ -136,8 +138,9 @@ def test_counters_of_other_methods() -> None:
 
 @pytest.mark.slow
 def test_both_engines_run_the_same_rounds(
-    text_pair: tuple[Path, Path], prompts: Path
+    text_pair: tuple[Path, Path], prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    serve_in_forks(monkeypatch, engine_vllm)
     by_engine = {}
     for engine in ("torch", "vllm"):
         found = run(text_pair, prompts, "--engine", engine, "--temperature", 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.forks import serve_in_forks
 from tests.schedule.test_cost_file import CONTENT
 from vllm_dspark.cli import main, profile
 from vllm_dspark.schedule import cost_file
@@ -137,10 +138,8 @@ def test_a_real_server(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    serve_in_forks(monkeypatch, profile)
     monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     target, drafter = map(str, text_pair)
     command = ["profile", "--target", target, "--drafter", drafter]
     assert main([*command, "--max-num-seqs", "2"]) == 0

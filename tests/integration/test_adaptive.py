@@ -127,9 +127,10 @@ def test_the_text_is_that_without_speculation(
         assert totals.bypassed_steps < 0.2 * totals.steps
         assert totals.trimmed < 0.2 * totals.verified
     elif seconds is dear:
-        assert totals.bypassed_steps > 0.3 * totals.steps
-        # Beside a prompt's tokens even a dear draft is cheap.
-        assert totals.verified < 0.5 * totals.trimmed
+        # From the start; but beside a prompt's tokens even a dear draft is cheap.
+        assert totals.bypassed_steps > 0.6 * totals.steps
+        assert totals.verify_lens[0] > 0.8 * sum(totals.verify_lens.values())
+        assert totals.trimmed > 0
     else:
         assert totals.trimmed > 0.1 * totals.verified > 5
         assert len([n for n, count in totals.verify_lens.items() if count > 3]) > 2
@@ -278,7 +279,7 @@ def test_sampled_text_on_a_jagged_curve(
     right = exact.enumerate_texts(
         exact.next_logits(knowing[0]), prompt_ids, length, {"temperature": 1.0}
     )
-    sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 512, "max_model_len": 64}
+    sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 1024, "max_model_len": 64}
     spec = {"draft_sample_method": "probabilistic"}
     with adaptive(knowing, cost_table(tmp_path, jagged), spec=spec, **sizes) as eng:
         controller = eng.scheduler.controller

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from tests.integration.engine import Engine, engine
+from tests.integration.forks import ForkedServer
 from tests.integration.recorder import drive, greedy, prompt
 from tests.integration.test_adaptive import cost_table, free
 from tests.integration.test_server import ARGUMENTS, ENVIRONMENT
-from vllm_dspark.cli.server import Server, speculative_arguments
+from vllm_dspark.cli.server import speculative_arguments
 from vllm_dspark.schedule import cost_file, cost_keeper
 from vllm_dspark.schedule.cost_file import CostFile
 
@@ -143,7 +144,7 @@ def test_a_server_that_is_told_to_end(
     more += speculative_arguments({"method": "dspark", "model": str(drafter)})
     environment = {**ENVIRONMENT, "VLLM_DSPARK_CACHE": str(cache)}
     log = cache / "server.log"
-    with Server(target, ARGUMENTS + more, log, environment) as server:
+    with ForkedServer(target, ARGUMENTS + more, log, environment) as server:
         server.wait_ready(lambda *_: None)
         start = time.monotonic()
         ask(server)
@@ -157,7 +158,7 @@ def test_a_server_that_is_told_to_end(
     assert kept(cache).measured["live_observations"] >= idle + 256
 
 
-def ask(server: Server) -> None:
+def ask(server: ForkedServer) -> None:
     """As many steps as are enough, and the pause after them."""
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 400, "ignore_eos": True}
     request = urllib.request.Request(

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.forks import ForkedServer
 from tests.integration.matrix_requests import FEATURES, LIMIT, REGEX, Arm, refused, said
 from tests.integration.structured_requests import FREE, Kind, requests
 from tests.integration.test_adaptive import cost_table, jagged
@@ -63,14 +64,17 @@ def arms(
     with contextlib.ExitStack() as stack:
         servers = [
             stack.enter_context(
-                Server(
+                kind(
                     target,
                     [*ARGUMENTS, "--lora-modules", f"lora={lora}", *extra],
                     folder / f"{name}.log",
                     ENVIRONMENT,
                 )
             )
-            for name, extra in (("plain", []), ("dspark", dspark))
+            for name, kind, extra in (
+                ("plain", ForkedServer, []),
+                ("dspark", Server, dspark),
+            )
         ]
         found = []
         for server in servers:
@@ -195,7 +199,14 @@ def test_a_killed_worker_ends_the_server(
 
     chosen = arms[("plain", "dspark").index(arm)]
     children = psutil.Process(chosen.server.pid).children(recursive=True)
-    (worker,) = [p for p in children if "Worker" in " ".join(p.cmdline())]
+    parents = {chosen.server.pid, *(p.ppid() for p in children)}
+    (worker,) = [  # the engine's child
+        p
+        for p in children
+        if p.pid not in parents
+        and p.ppid() != chosen.server.pid
+        and "resource_tracker" not in " ".join(p.cmdline())
+    ]
     text = ""
     with pytest.raises((OpenAIError, httpx.HTTPError)):
         for number, chunk in enumerate(chosen.complete(max_tokens=200, stream=True)):

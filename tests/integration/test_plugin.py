@@ -73,7 +73,7 @@ print(json.dumps({"seconds": seconds, "imported": imported}))
 
 
 def test_registering_is_cheap() -> None:
-    result = run_python(REGISTER)
+    result = run_python(REGISTER, start="fresh")
     assert min(result["seconds"]) < 0.050
     foreign = [m for m in result["imported"] if m.split(".")[0] != "vllm_dspark"]
     assert foreign == []
@@ -211,7 +211,7 @@ def test_the_v2_runner_is_extended(tiny_target: Path, tiny_drafter: Path) -> Non
     """Worker and scheduler are ours, everything else of the configuration vLLM's."""
     pytest.importorskip("triton", reason="vLLM's V2 runner is interpreted with Triton")
     arguments = (V2, tiny_target, tiny_drafter)
-    v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    v2 = {"start": "v2", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     theirs = run_python(*arguments, VLLM_PLUGINS="", **v2)
     extended = run_python(*arguments, VLLM_PLUGINS=None, **v2)
     assert theirs["v2"] is True

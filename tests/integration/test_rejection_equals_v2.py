@@ -13,11 +13,9 @@ drafts and placeholders of -1, greedy and sampled requests, both methods.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.integration.subprocesses import run_python
 
 pytest.importorskip("triton", reason="vLLM's V2 runner is interpreted with Triton")
 
@@ -132,7 +130,7 @@ class Batch:
 
 CASES = {
     "operation": """
-for backend, seeds in (("reference", 20), ("triton", 5)):
+for backend, seeds in (("reference", 10), ("triton", 4)):
     for onehot, method in itertools.product((False, True), ("standard", "block")):
         accepted = sum(
             Batch(s, onehot).compare_operation(method, backend) for s in range(seeds))
@@ -140,8 +138,8 @@ for backend, seeds in (("reference", 20), ("triton", 5)):
 """,
     "kernel": """
 for onehot, method in itertools.product((False, True), ("standard", "block")):
-    accepted = sum(Batch(s, onehot).compare_kernel(method) for s in range(25))
-    assert accepted > 25, "hardly anything was accepted: nothing compared"
+    accepted = sum(Batch(s, onehot).compare_kernel(method) for s in range(12))
+    assert accepted > 12, "hardly anything was accepted: nothing compared"
 """,
     "kernel, other shapes": """
 for onehot, method in itertools.product((False, True), ("standard", "block")):
@@ -163,9 +161,5 @@ for method in ("standard", "block"):  # p = q: all drafts are accepted
 @pytest.mark.v2
 @pytest.mark.parametrize("case", CASES)
 def test_equals_v2(case: str) -> None:
-    root = Path(__file__).parent.parent.parent
-    script = SCRIPT + CASES[case] + 'print("equal")\n'
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith("equal")
+    script = SCRIPT + CASES[case] + "print('[]')"  # reached where all was equal
+    assert run_python(script, start="v2") == []

@@ -103,7 +103,7 @@ def sampling(
         drafter = make_tiny_drafter(folder, target, **drafter_settings)
     sizes = {
         "max_num_seqs": 256,
-        "max_num_batched_tokens": 256,
+        "max_num_batched_tokens": 768,  # for about 200 of the 256
         "max_model_len": 64,
         "kv_cache_memory_bytes": 4 * KV_BYTES,
     }
@@ -193,14 +193,21 @@ def test_every_setting_in_one_batch(
 
 
 @pytest.mark.slow
-def test_twenty_thousand_draws(sampling: Engine, next_logits: exact.NextLogits) -> None:
-    """A bias of one percent in a common token shows at this size."""
+def test_many_draws(
+    sampling: Engine, next_logits: exact.NextLogits, request: pytest.FixtureRequest
+) -> None:
+    """A bias of one percent in a common token shows in twenty thousand.
+
+    Where q has a support, half of them: the kernels' own test
+    (``ops.test_rejection_distribution``) takes forty thousand.
+    """
+    supported = request.node.callspec.params["sampling"] in ("topk", "reduced")
     settings: exact.Settings = {"temperature": 1.0}
     right, wrong = (
         exact.enumerate_texts(next_logits, PROMPT, LENGTH, {"temperature": t})
         for t in (1.0, 1.1)
     )
-    [draws] = draw(sampling, [settings], 20_000, seed=2)
+    [draws] = draw(sampling, [settings], 10_000 if supported else 20_000, seed=2)
     check(draws, right, wrong)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.forks import ForkedServer
 from vllm_dspark.cli.server import Server
 
 pytestmark = pytest.mark.slow
@@ -91,7 +92,9 @@ def servers(
     with contextlib.ExitStack() as stack:
         plain, dspark = (
             stack.enter_context(
-                Server(target, ARGUMENTS + more, logs / f"{name}.log", ENVIRONMENT)
+                ForkedServer(
+                    target, ARGUMENTS + more, logs / f"{name}.log", ENVIRONMENT
+                )
             )
             for name, more in extra.items()
         )

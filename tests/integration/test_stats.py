@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.integration.engine import Engine, engine
+from tests.integration.forks import ForkedServer
 from tests.integration.recorder import prompt
 from tests.integration.subprocesses import run_python, run_python_with_output
 from tests.integration.test_adaptive import adaptive, cost_table, dear, free, jagged
@@ -145,7 +146,7 @@ def serve(
     chosen = {"cost_table": cost_table} if cost_table else {"policy": "fixed"}
     ours = json.dumps({"dspark": chosen})
     extra = ["--speculative-config", spec, "--additional-config", ours, *more]
-    return Server(target, ARGUMENTS + extra, log, ENVIRONMENT)
+    return ForkedServer(target, ARGUMENTS + extra, log, ENVIRONMENT)
 
 
 def total(server: Server, name: str, **labels: str) -> float:
@@ -286,9 +287,9 @@ def test_requests_sum_up_to_the_totals(
     assert summed["verified"] <= summed["drafted"]
     assert 0 < summed["rounds"] <= totals.rounds
     if seconds is free:
-        assert summed["verified"] > 0.8 * summed["drafted"]
-    if seconds is dear:
-        assert summed["verified"] < 0.5 * summed["drafted"]
+        assert summed["verified"] > 0.8 * summed["drafted"] > 60 * len(REQUESTS)
+    if seconds is dear:  # a bypass from the start, and its probes
+        assert summed["drafted"] < 0.5 * 60 * len(REQUESTS)
 
 
 def test_rounds_without_drafts_do_not_count() -> None:

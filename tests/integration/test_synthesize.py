@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.integration.subprocesses import LEFT_BY_OTHER_TESTS, REPOSITORY
+from tests.integration.forks import serve_in_forks
 from tests.tiny import EOS, load_target, make_tiny_target, make_tiny_tokenizer
+from vllm_dspark.cli import main
+from vllm_dspark.cli import synthesize as command
 from vllm_dspark.train.manifest import read_manifest
 from vllm_dspark.train.tokens import TokenSet, read_tokens
 
@@ -28,27 +28,20 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_tokenizer(path)
 
 
-def synthesize(target: Path, out: Path, *arguments: object) -> str:
-    """Run the command in a process of its own; what it said."""
-    environment = {k: v for k, v in os.environ.items() if k not in LEFT_BY_OTHER_TESTS}
-    environment |= {
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    command = [sys.executable, "-m", "vllm_dspark.cli", "synthesize"]
-    command += ["--target", target, "--out", out, "--enforce-eager", *arguments]
-    done = subprocess.run(
-        list(map(str, command)),
-        env=environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def synthesize(
+    target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The command; it gives what it said."""
+    serve_in_forks(monkeypatch, command)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    def run(out: Path, *arguments: object) -> str:
+        asked = ["synthesize", "--target", target, "--out", out, "--enforce-eager"]
+        assert main([*map(str, asked), *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
 def share_of_likeliest(target: Path, data: TokenSet) -> float:
@@ -66,7 +59,9 @@ def share_of_likeliest(target: Path, data: TokenSet) -> float:
     return float(np.mean(hits))
 
 
-def test_end_to_end(target: Path, tmp_path: Path) -> None:
+def test_end_to_end(
+    target: Path, synthesize: Callable[..., str], tmp_path: Path
+) -> None:
     rows = [{"messages": [{"role": "user", "content": f"row {i}"}]} for i in range(30)]
     prompts = tmp_path / "rows.jsonl"
     prompts.write_text("\n".join(map(json.dumps, rows)))
@@ -75,10 +70,10 @@ def test_end_to_end(target: Path, tmp_path: Path) -> None:
     options += ["--max-prompt-tokens", 300, "--max-turn-tokens", 200]
     out = tmp_path / "data"
     summary = tmp_path / "summary.json"
-    synthesize(target, out, *options, "--samples", 30)
+    synthesize(out, *options, "--samples", 30)
     first = read_tokens(out)
     assert len(first) == 30
-    said = synthesize(target, out, *options, "--samples", 50, "--json", summary)
+    said = synthesize(out, *options, "--samples", 50, "--json", summary)
     assert "going on" in said and "tokens/s" in said
     data = read_tokens(out)
     assert len(data) == 50

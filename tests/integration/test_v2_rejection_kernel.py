@@ -67,7 +67,7 @@ def test_the_same_texts(tmp_path: Path) -> None:
         ("probabilistic", "block"),
         ("greedy", "block"),
     ):
-        rows = waves((0.6, 1.2, 0.0, 0.9), 12)
+        rows = waves((0.6, 1.2, 0.0, 0.9), 8)
         for wave in rows:
             for row, cut in zip(wave, CUTS[1:], strict=False):
                 row["params"].update(cut)

@@ -264,6 +264,8 @@ def test_wrong_values_are_refused() -> None:
         DraftingOptions(max_hold=4)
     with pytest.raises(ValueError, match="load_factor 1"):
         DraftingOptions(load_factor=1)
+    with pytest.raises(ValueError, match=r"hopeful_rate 1\.1"):
+        DraftingOptions(hopeful_rate=1.1)
 
 
 @pytest.mark.parametrize(

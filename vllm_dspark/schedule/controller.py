@@ -30,6 +30,7 @@ from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.exploring import Exploring
 from vllm_dspark.schedule.facts import Batch, DraftPlan, Totals
 from vllm_dspark.schedule.forecast import Forecaster
+from vllm_dspark.schedule.hope import Hope
 from vllm_dspark.schedule.request_gate import RequestGate
 from vllm_dspark.schedule.step import (
     Floats,
@@ -75,6 +76,7 @@ class Controller:
         self.survival = OnlineSurvival(width, calibration)
         options = drafting or DraftingOptions(bypass=self.policy.bypass)
         self.drafting = Drafting(width, options)
+        self._hope = Hope(width, options.hopeful_rate)
         self._forecaster = Forecaster(self.survival, self.lengths)
         self._exploring = Exploring()
         self.gate = RequestGate(options)
@@ -108,6 +110,10 @@ class Controller:
         )
         if (goal := float(batch.slo_tps.max(initial=0.0))) > 0:
             allowed = made.throughput / len(batch.ids) >= goal
+        hopeful = None  # a goal comes before throughput
+        if self.drafting.starting and allowed is None:
+            limits = self._hope.survival()
+            hopeful = self._forecaster.hopeful(batch, limits, self._costs)
         self._choice = self.drafting.choose(
             StepFacts(
                 made.throughput,
@@ -116,6 +122,7 @@ class Controller:
                 made.acceptance,
                 allowed,
                 min(error, _MOST_DOUBT) if (error := self.live.error()) > 0 else 0.0,
+                hopeful,
             )
         )
         self._rounds_seen = 0
@@ -253,6 +260,7 @@ class Controller:
         """
         self.survival.update(made, verified, accepted)
         self.gate.observe(made.ids, verified, accepted)
+        self._hope.observe(made, verified, accepted)
         rounds = int(emitting.sum())
         self._rounds_seen += rounds
         self.totals.verified += int(verified.sum())

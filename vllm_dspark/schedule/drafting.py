@@ -60,6 +60,8 @@ class StepFacts:
             the nearest to it.
         doubt: typical relative error of predictions, 0 or more. Half of it is taken
             off what drafting promises: what drafts cost is certain.
+        hopeful: as ``throughput``, if as much is accepted as may be (`hope`); looked at
+            while `Drafting.starting`, None to draft everything then.
     """
 
     throughput: Floats | None
@@ -68,6 +70,7 @@ class StepFacts:
     acceptance: float
     allowed: NDArray[np.bool_] | None = None
     doubt: float = 0.0
+    hopeful: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Drafting:
         self._probe_length = 1
         self._drafting = 0  # steps since drafting began
         self._bypassed = False  # at this load, so that its steps alone are known
+        self.starting = True  # predictions are not believed yet
 
     @property
     def probes(self) -> int:
@@ -122,14 +126,29 @@ class Drafting:
         """
         self._steps += 1
         self._seen += facts.rounds
-        warm = self._seen >= self.options.warmup_rounds
-        warm |= self._steps > self.options.warmup_steps
-        if facts.throughput is None or not warm:
+        if facts.throughput is not None and self.starting:
+            self.starting = self._starts(facts.hopeful)
+        if facts.throughput is None or self.starting:
             choice = DraftingChoice(self._length, Reason.NO_HISTORY)
         else:
             choice = self._choose(facts, self._gains(facts.throughput, facts.doubt))
         self.counts[choice.reason] += 1
         return choice
+
+    def _starts(self, hopeful: Floats | None) -> bool:
+        """Whether predictions must wait for more rounds; what is drafted until then.
+
+        Where nothing may pay, this is a bypass like any other, which probes.
+        """
+        if self._seen >= self.options.warmup_rounds:
+            return False
+        if self._steps > self.options.warmup_steps:
+            return False
+        if hopeful is not None:
+            gain = self._gains(hopeful, 0.0)
+            lengths = self._lengths(None)
+            self._length = int(np.argmax(np.where(lengths, gain, -np.inf)))
+        return self._length > 0
 
     def _choose(self, facts: StepFacts, gain: Floats) -> DraftingChoice:
         self._since_change += 1

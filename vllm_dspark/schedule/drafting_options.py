@@ -23,7 +23,10 @@ class DraftingOptions:
         load_factor: a load this many times larger or smaller is another load,
         load_step: if it also differs by this many requests.
         warmup_rounds: rounds to see before predictions are believed,
-        warmup_steps: or steps.
+        warmup_steps: or steps. Until then drafts are made as far as they may pay
+            (`hope`), from the start on none where none may.
+        hopeful_rate: share of drafts accepted at each position, given those before
+            it, that a good drafter reaches.
         probe_interval: steps of bypass before the first probe.
         max_probe_interval: what that grows to, doubling with every probe in vain.
         probe_rounds: rounds that a probe collects before it is judged.
@@ -51,6 +54,7 @@ class DraftingOptions:
     load_step: int = 4
     warmup_rounds: int = 32
     warmup_steps: int = 64
+    hopeful_rate: float = 0.9
     probe_interval: int = 32
     max_probe_interval: int = 1024
     probe_rounds: int = 16
@@ -78,6 +82,10 @@ class DraftingOptions:
                 raise ValueError(
                     f"{name} {getattr(self, name)}: give more than {above}"
                 )
+        if not 0 < self.hopeful_rate <= 1:
+            raise ValueError(
+                f"hopeful_rate {self.hopeful_rate}: give a share, above 0 and up to 1"
+            )
         for low in ("hold", "probe_interval"):
             if getattr(self, f"max_{low}") < getattr(self, low):
                 raise ValueError(

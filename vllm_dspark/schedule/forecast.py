@@ -69,6 +69,18 @@ class Forecaster:
             self._of, self._age = (batch, table), 0
         return kept
 
+    def hopeful(
+        self,
+        batch: Batch,
+        survival: Floats,
+        costs: Callable[[Batch], tuple[StepCost, DraftCost]],
+    ) -> Floats:
+        """``[γ + 1]`` Θ by draft length if ``[γ]`` survivals were those of all."""
+        best = best_draft_length(
+            survival, len(batch.ids), batch.base_tokens, *costs(batch), self._lengths
+        )
+        return best.throughput
+
     def _differs(self, batch: Batch, table: CostTable) -> bool:
         assert self._of is not None
         before, priced = self._of

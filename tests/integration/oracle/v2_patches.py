@@ -7,6 +7,7 @@ is there. `install` must run before vllm is imported.
 
 from __future__ import annotations
 
+import functools
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,11 @@ def install() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    _patch()
+
+
+@functools.cache  # a fork has its own environment, and these already
+def _patch() -> None:
     _pretend_backend()
     _replace_functions_once()
     _boolean_masks()

@@ -64,7 +64,8 @@ def serve(eng: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) ->
         observe(controller, tokens, context, seconds, *rest)
 
     monkeypatch.setattr(controller, "timed", slow)
-    drive(eng, [(0, prompt(9), greedy(40))])
+    # Enough steps for the table to come near, however many drafts are made.
+    drive(eng, [(0, prompt(9), greedy(80))])
     return controller.live
 
 

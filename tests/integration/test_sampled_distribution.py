@@ -8,6 +8,7 @@ reach the rows of their request only. The regimes catch different bugs:
 * greedy drafts (one-hot q): accepted with p(x), and the residual leaves x out;
 * probabilistic drafts: q must be the distribution that the draft was drawn from;
 * truncated drafts (``dspark_draft_topk``) and a reduced vocabulary: q has a support;
+  the latter with block verification;
 * ragged verification: requests of a batch verify different numbers of drafts;
 * more requests than a step has room for: those left out verify older drafts, so that
   the distributions of a batch come from several steps.
@@ -71,7 +72,7 @@ DRAFTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "probabilistic": ({"draft_sample_method": "probabilistic"}, {}),
     "topk": ({"draft_sample_method": "probabilistic", "dspark_draft_topk": 3}, {}),
     "reduced": (
-        {"draft_sample_method": "probabilistic"},
+        {"draft_sample_method": "probabilistic", "rejection_sample_method": "block"},
         {"draft_vocab_size": 13, "head_type": "gated"},
     ),
 }
@@ -180,7 +181,10 @@ def test_every_setting_in_one_batch(
     assert 0.05 < accepted / drafted < 0.9
     if sampling.runner.drafter.probabilistic:
         assert max(blocks) > 1
-    assert sampling.runner.rejection_sampler.last_backend == "native"
+    sampler = sampling.runner.rejection_sampler
+    assert sampler.last_backend == "native"
+    chosen = sampling.runner.speculative_config.rejection_sample_method
+    assert sampler.method == chosen
     for name, mine in zip(SETTINGS, draws, strict=True):
         right, wrong = (
             exact.enumerate_texts(next_logits, PROMPT, LENGTH, s)

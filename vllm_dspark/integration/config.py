@@ -19,6 +19,7 @@ from vllm_dspark.config import (
 from vllm_dspark.integration import compat, patches
 from vllm_dspark.model import checkpoint
 from vllm_dspark.model.fit import TargetFacts, check_fit
+from vllm_dspark.ops.rejection import METHODS
 
 WORKER_CLS = "vllm_dspark.integration.worker.DSparkCPUWorker"
 WORKER_CLS_GPU = "vllm_dspark.integration.worker.DSparkGPUWorker"
@@ -142,10 +143,10 @@ def _refuse_unsupported(vllm_config: Any) -> None:
             f"{vllm_config.parallel_config.pipeline_parallel_size}); use tensor "
             "parallelism instead"
         )
-    if spec.rejection_sample_method != "standard":
+    if spec.rejection_sample_method not in METHODS:
         raise ValueError(
             f"rejection_sample_method={spec.rejection_sample_method!r} is not served "
-            "by vllm-dspark on the V1 runner; use 'standard'"
+            f"by vllm-dspark on the V1 runner; use one of {METHODS}"
         )
     if spec.disable_padded_drafter_batch:
         raise ValueError(

@@ -48,7 +48,11 @@ class DSparkRunnerMixin:
         self.drafter = DSparkProposer(vllm_config, device, self)
         self.use_aux_hidden_state_outputs = True
         chosen = options(vllm_config)
-        self.rejection_sampler = DSparkRejectionSampler(self.sampler, chosen.backend)
+        self.rejection_sampler = DSparkRejectionSampler(
+            self.sampler,
+            chosen.backend,
+            vllm_config.speculative_config.rejection_sample_method,
+        )
         # With speculation vLLM leaves out min-p and logit bias; our sampler applies
         # them to every row, so they are put back.
         self.input_batch.logitsprocs = LogitsProcessors(

@@ -26,7 +26,7 @@ from vllm_dspark.integration.rows import (
     needs_processing,
     process,
 )
-from vllm_dspark.ops.rejection import RejectionResult, rejection_sample
+from vllm_dspark.ops.rejection import METHODS, RejectionResult, rejection_sample
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ class DSparkRejectionSampler(RejectionSampler):
         sampler: vLLM's sampler (its logprobs mode and helpers are used).
         backend: ``auto`` or a backend of ``ops.rejection``; ``last_backend`` is the
             one that ran.
+        method: ``standard`` or ``block`` verification of sampled requests.
     """
 
-    def __init__(self, sampler: Sampler, backend: str = "auto") -> None:
+    def __init__(
+        self, sampler: Sampler, backend: str = "auto", method: str = METHODS[0]
+    ) -> None:
         super().__init__(sampler)
-        self.backend = backend
+        self.backend, self.method = backend, method
         self.last_backend = "none"
 
     def forward(
@@ -113,6 +116,7 @@ class DSparkRejectionSampler(RejectionSampler):
             temperature=temperature,
             accept_uniforms=accept,
             sample_uniforms=sample,
+            method=self.method,
             backend=self.backend,
         )
 

@@ -42,25 +42,26 @@ class Engine:
     seconds: float = 0.0
     drafted: int = 0  # positions that wait
     lengths: list[int] = field(default_factory=list)
-    verified: list[float] = field(default_factory=list)
+    verified: list[float] = field(default_factory=list)  # mean of the requests
+    verify_lens: list[np.ndarray] = field(default_factory=list)
     random: np.random.Generator = field(
         default_factory=lambda: np.random.default_rng(0)
     )
 
-    def run(self, load: int, steps: int, goal: float = 0.0) -> float:
-        """Tokens/s over so many steps with so many requests."""
+    def run(self, load: int, steps: int, goal: float | np.ndarray = 0.0) -> float:
+        """Tokens/s over so many steps with so many requests; of all or ``[load]``."""
         tokens, seconds = self.tokens, self.seconds
         for _ in range(steps):
             self._step(load, goal)
         return (self.tokens - tokens) / (self.seconds - seconds)
 
-    def _step(self, load: int, goal: float) -> None:
+    def _step(self, load: int, goal: float | np.ndarray) -> None:
         ids = tuple(f"request {i}" for i in range(load))
         chance = np.clip(self.accept + self.random.normal(0, 0.1, (load, WIDTH)), 0, 1)
         shown = chance[:, : self.drafted] if self.with_confidence else None
         counts = np.full(load, self.drafted)
         temperatures = (0.0,) * load
-        goals = np.full(load, goal)
+        goals = np.broadcast_to(goal, (load,)).astype(float)
         batch = Batch(ids, temperatures, counts, shown, 0, 100 * load, goals)
         choice = self.controller.draft(batch)
         plan, made = self.controller.verify(batch, choice.positions)
@@ -81,6 +82,7 @@ class Engine:
         self.drafted = choice.positions
         self.lengths.append(choice.positions)
         self.verified.append(float(plan.verify_lens.mean()))
+        self.verify_lens.append(plan.verify_lens)
 
 
 def without(load: int, costs: CostTable = DEMO) -> float:

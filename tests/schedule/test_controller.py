@@ -11,6 +11,7 @@ from tests.schedule.simulated import DEMO, WIDTH, Engine, without
 from vllm_dspark.config import DSparkOptions
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.cost import CostTable
+from vllm_dspark.schedule.drafting import Reason
 from vllm_dspark.schedule.facts import Batch
 
 
@@ -206,3 +207,21 @@ def test_the_seconds_of_a_step_are_those_of_its_parts() -> None:
     drafting = float(DEMO.draft_seconds(2, 3))
     assert controller.predicted_seconds(9, 100, 2, 3) == target + drafting
     assert controller.predicted_seconds(9, 100, 0, 3) == target
+
+
+def test_one_requests_goal_ends_a_bypass_and_its_drafts_come_first() -> None:
+    """At 32 requests drafts do not pay, and 13 tokens/s is what each gets; one gets
+    more when its drafts are verified, whatever the others' are worth."""
+    running = engine(accept=0.7)
+    running.run(32, 300)
+    assert set(running.lengths[-20:]) == {0}
+    goals = np.zeros(32)
+    goals[5] = 16.0
+    running.run(32, 40, goals)
+    later = np.array(running.verify_lens[-20:])
+    assert min(running.lengths[-20:]) > 0
+    assert later[:, 5].min() >= 1
+    assert np.delete(later, 5, axis=1).mean() < 0.3
+    assert running.controller.drafting.counts[Reason.SLO] > 10
+    running.run(32, 60)
+    assert set(running.lengths[-20:]) == {0}  # and without it, the bypass again

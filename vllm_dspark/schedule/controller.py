@@ -104,14 +104,11 @@ class Controller:
         if not self.adapts or not batch.ids:
             return DraftPlan(self.width, Reason.PAYS)
         assert self.live is not None
-        allowed = None
         made = self._forecaster.of(
             batch, self._rounds_seen > 0, self.live.snapshot(), self._costs
         )
-        if (goal := float(batch.slo_tps.max(initial=0.0))) > 0:
-            allowed = made.throughput / len(batch.ids) >= goal
         hopeful = None  # a goal comes before throughput
-        if self.drafting.starting and allowed is None:
+        if self.drafting.starting and made.reaches is None:
             limits = self._hope.survival()
             hopeful = self._forecaster.hopeful(batch, limits, self._costs)
         self._choice = self.drafting.choose(
@@ -120,7 +117,7 @@ class Controller:
                 len(batch.ids),
                 self._rounds_seen,
                 made.acceptance,
-                allowed,
+                made.reaches,
                 min(error, _MOST_DOUBT) if (error := self.live.error()) > 0 else 0.0,
                 hopeful,
             )

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vllm_dspark.calibration.online import OnlineSurvival
+from vllm_dspark.schedule import planner
 from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.draft_length import DraftCost, Lengths, best_draft_length
 from vllm_dspark.schedule.facts import Batch
-from vllm_dspark.schedule.step import Floats, StepCost
+from vllm_dspark.schedule.step import Floats, StepCost, VerifyStep
 
 _KEPT = 8  # steps
 
@@ -25,10 +29,13 @@ class Forecast:
     Args:
         throughput: ``[γ + 1]`` Θ by draft length, drafting paid for, in tokens/s.
         acceptance: mean share of first drafts accepted.
+        reaches: ``[γ + 1]`` which draft lengths bring the requests with a goal to it,
+            all of them or on average; None if there are no goals.
     """
 
     throughput: Floats
     acceptance: float
+    reaches: NDArray[np.bool_] | None = None
 
 
 class Forecaster:
@@ -97,4 +104,37 @@ class Forecaster:
             draft_cost,
             self._lengths,
         )
-        return Forecast(best.throughput, float(history[:, 0].mean()))
+        reaches = None
+        if batch.slo_tps.any():
+            of_all = best.throughput / len(batch.ids) >= batch.slo_tps.max()
+            reaches = of_all | _reaching(history, batch, cost, draft_cost)
+        return Forecast(best.throughput, float(history[:, 0].mean()), reaches)
+
+
+def _reaching(
+    history: Floats, batch: Batch, cost: StepCost, draft_cost: DraftCost
+) -> NDArray[np.bool_]:
+    """``[γ + 1]`` where planning gives every request with a goal what it needs.
+
+    One of many may get there by its own drafts, which throughput alone would not
+    verify; so each length is planned as its step will be.
+    """
+    rows, width = np.flatnonzero(batch.slo_tps), history.shape[1]
+    drafting = draft_cost(len(batch.ids), np.arange(width + 1))
+    found = np.zeros(width + 1, dtype=np.bool_)
+    for length in range(width + 1):
+        survival = history[:, :length]
+        step = VerifyStep(
+            survival,
+            batch.base_tokens,
+            cost,
+            float(drafting[length]),
+            slo_tps=batch.slo_tps,
+        )
+        lens = planner.plan(step).verify_lens if length else np.zeros(len(history), int)
+        made = np.arange(length) < lens[:, None]
+        tokens = 1.0 + (survival * made).sum(axis=1)
+        total = np.array([batch.base_tokens + lens.sum()])
+        seconds = float(cost(total)[0]) + float(drafting[length])
+        found[length] = (tokens[rows] >= batch.slo_tps[rows] * seconds).all()
+    return found

@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from tests.integration.oracle.history import TOLERANCE, Oracle, relative
+from tests.integration.oracle.v2_features import ADAPTERS
 from tests.integration.subprocesses import run_module
 from tests.integration.test_adaptive import cost_table, jagged
 from tests.integration.test_oracle_v2 import VOCAB, same_key_norms
@@ -33,6 +34,7 @@ from tests.integration.test_step_log import KEYS
 from tests.integration.test_structured_output import CHOICES
 from tests.integration.test_v2_adapter import MAPS, write_maps
 from tests.tiny import make_tiny_drafter, make_tiny_target, make_tiny_tokenizer
+from tests.tiny_lora import make_tiny_lora
 
 pytestmark = [pytest.mark.slow, pytest.mark.v2]
 
@@ -53,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         drafter = make_tiny_drafter(folder / name, folder / "target", **keys)
         same_key_norms(drafter)
     write_maps(folder / "calibrated")
+    for seed, name in enumerate(ADAPTERS):
+        make_tiny_lora(folder / name, folder / "target", seed=seed, lm_head=seed == 1)
     text = make_tiny_target(folder / "text-target")
     make_tiny_tokenizer(text)
     same_key_norms(make_tiny_drafter(folder / "text-drafter", text))
@@ -193,6 +197,26 @@ def test_grammars_hold(result: dict[str, Any], where: str) -> None:
     assert len(ours[2]) > 3
     start = ours[2][:4]  # sampled: another text, within the grammar as well
     assert any(choice.startswith(start) for choice in CHOICES)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_preempted_requests_and_logprobs(result: dict[str, Any], where: str) -> None:
+    plain, ours = result["plain"]["pressed"], result[where]["pressed"]
+    assert ours["preemptions"] > 0 < ours["trimmed"]
+    assert ours["tokens"] == plain["tokens"]
+    for mine, theirs in zip(ours["logprobs"], plain["logprobs"], strict=True):
+        assert len(mine) == len(theirs) == 40
+        for row, expected in zip(mine, theirs, strict=True):
+            assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_adapters_of_the_target(result: dict[str, Any]) -> None:
+    """LoRA: the scheduler trims, as vLLM's device does not."""
+    plain, ours = result["plain"]["adapted"], result["host"]["adapted"]
+    base, first, second, _ = ours["tokens"]
+    assert len({tuple(base), tuple(first), tuple(second)}) == 3
+    assert ours["tokens"] == plain["tokens"]
+    assert ours["trimmed"] > 0 < ours["verified"]
 
 
 def test_goals_reach_the_device(result: dict[str, Any]) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_dspark.calibration.online import Prediction
-from vllm_dspark.integration import stats
+from vllm_dspark.integration import grammar, stats
 from vllm_dspark.integration.batch import batch_of, decodes
 from vllm_dspark.integration.build import build_controller
 from vllm_dspark.integration.config import options
@@ -51,6 +51,8 @@ class Steering:
         # Raw c_1..c_K of drafts by request: which ones, the subclass knows.
         self.draft_confidences: dict[str, np.ndarray] = {}
         self.controller = self._build()
+        spec = self.vllm_config.speculative_config
+        self._samples_drafts = spec.draft_sample_method == "probabilistic"
         self._sayer = Sayer(self.controller)
         self._reporter = Reporter(self.controller)
         stats.add_fields()
@@ -121,6 +123,23 @@ class Steering:
         for req_id in self._choice.skip.intersection(req_ids):
             if (request := self.requests.get(req_id)) is not None:
                 request.spec_token_ids = []
+
+    def _keep_forbidden(self, draft_token_ids: DraftTokenIds) -> None:
+        """Give back the drafts that vLLM has cut and may not (see `grammar`)."""
+        if not self._samples_drafts:
+            return
+        ids, blocks = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
+        for req_id, drafts in zip(ids, blocks, strict=True):
+            request = self.requests.get(req_id)
+            if request is not None and not request.is_finished():
+                grammar.keep_forbidden(request, drafts)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        if self._samples_drafts and scheduler_output.has_structured_output_requests:
+            scheduler_output = grammar.without_forbidden(
+                scheduler_output, self.requests, self.structured_output_manager
+            )
+        return super().get_grammar_bitmask(scheduler_output)
 
     # ---- after a step ----
 

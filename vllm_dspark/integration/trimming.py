@@ -6,15 +6,11 @@ same step.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
 from vllm_dspark.calibration.online import Prediction
-from vllm_dspark.integration.grammar import keep_forbidden, without_forbidden
 from vllm_dspark.integration.report import DeviceBudget
 from vllm_dspark.integration.steering import Steering
 from vllm_dspark.schedule.facts import Batch, DraftPlan
@@ -22,11 +18,6 @@ from vllm_dspark.schedule.facts import Batch, DraftPlan
 
 class HostTrimming(Steering):
     """``draft_confidences`` are of the drafts that will be verified next."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        spec = self.vllm_config.speculative_config
-        self._samples_drafts = spec.draft_sample_method == "probabilistic"
 
     def _decide(
         self, requests: list[Request], batch: Batch, choice: DraftPlan
@@ -39,12 +30,8 @@ class HostTrimming(Steering):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         super().update_draft_token_ids(draft_token_ids)
-        ids, blocks = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
-        if self._samples_drafts:
-            for req_id, drafts in zip(ids, blocks, strict=True):
-                request = self.requests.get(req_id)
-                if request is not None and not request.is_finished():
-                    keep_forbidden(request, drafts)
+        ids = draft_token_ids.req_ids
+        self._keep_forbidden(draft_token_ids)
         self._without_skipped(ids)
         confidences = getattr(draft_token_ids, "confidences", None)
         self.draft_confidences: dict[str, np.ndarray] = {}
@@ -55,10 +42,3 @@ class HostTrimming(Steering):
             if request is not None and request.spec_token_ids:
                 # Structured output may have cut the drafts; the prefix stays valid.
                 self.draft_confidences[req_id] = row[: len(request.spec_token_ids)]
-
-    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
-        if self._samples_drafts and scheduler_output.has_structured_output_requests:
-            scheduler_output = without_forbidden(
-                scheduler_output, self.requests, self.structured_output_manager
-            )
-        return super().get_grammar_bitmask(scheduler_output)

@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from tests.integration.engine import Engine, engine  # noqa: E402
+from tests.integration.oracle.v2_features import LORA, adapted, pressed  # noqa: E402
 from tests.integration.oracle.v2_scenes import (  # noqa: E402
     ARRIVALS,
     SAMPLED,
@@ -50,7 +51,7 @@ def metrics(eng: Engine) -> dict[str, float]:
 def on_host(folder: Path) -> dict[str, Any]:
     pair = (folder / "target", folder / "rnn")
     ours = {"policy": "adaptive", "cost_table": str(folder / "cost.json")}
-    with engine(*pair, additional_config={"dspark": ours}, **SETTINGS) as eng:
+    with engine(*pair, additional_config={"dspark": ours}, **SETTINGS, **LORA) as eng:
         count_passes(eng)
         found = {
             "scheduler": type(eng.scheduler).__name__,
@@ -60,6 +61,7 @@ def on_host(folder: Path) -> dict[str, Any]:
             "changing": changing_times(eng),
             "turns": turns(eng),
         }
+        found["pressed"], found["adapted"] = pressed(eng), adapted(eng, folder)
     found["grammars"] = grammars(
         folder, spec=SAMPLED, additional_config={"dspark": ours}
     )
@@ -89,6 +91,7 @@ def on_device(folder: Path) -> dict[str, Any]:
             "regimes": regimes(eng),
             "bypass": bypass(eng),
             "trims": trims(eng),
+            "pressed": pressed(eng),
         }
 
 
@@ -140,13 +143,14 @@ def untrimmed(folder: Path) -> dict[str, Any]:
 
 def plain(folder: Path) -> dict[str, Any]:
     """Without speculation."""
-    with engine(folder / "target", **SETTINGS) as eng:
-        texts = {"arrivals": [t.tokens for t in drive(eng, ARRIVALS)]}
+    with engine(folder / "target", **SETTINGS, **LORA) as eng:
+        texts: dict[str, Any] = {"arrivals": [t.tokens for t in drive(eng, ARRIVALS)]}
         for name, length, many in (("bypass", 5, 64), ("changing", 7, 90)):
             one = drive(eng, [(0, prompt(length), greedy(many))])
             texts[name] = [t.tokens for t in one]
         goal = drive(eng, [*ARRIVALS, (3, prompt(20, 7), greedy(20))])
         texts["trims"] = [t.tokens for t in goal]
+        texts["pressed"], texts["adapted"] = pressed(eng), adapted(eng, folder)
     texts["grammars"] = grammars(folder)
     return texts
 

@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 from vllm_dspark.calibration.online import Prediction
 from vllm_dspark.integration.batch import filled
 from vllm_dspark.integration.build import build_controller
+from vllm_dspark.integration.grammar import verify_first_forbidden
 from vllm_dspark.integration.planned import Done, Outcome, Planned
 from vllm_dspark.integration.report import DeviceBudget, StepReport
 from vllm_dspark.integration.steering import Steering
@@ -53,6 +54,12 @@ class LateReports(Steering):
         super()._update_after_schedule(scheduler_output)
         # Asynchronous schedulers give out placeholders of drafts here.
         self._without_skipped(scheduler_output.num_scheduled_tokens)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        made = super().get_grammar_bitmask(scheduler_output)
+        if made is not None and self._samples_drafts:
+            verify_first_forbidden(made, scheduler_output, self.requests)
+        return made
 
 
 def _completed(step: Done, later: StepReport) -> Done:
@@ -94,6 +101,7 @@ class Untrimmed(LateReports):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         super().update_draft_token_ids(draft_token_ids)
+        self._keep_forbidden(draft_token_ids)
         self._without_skipped(draft_token_ids.req_ids)
 
 

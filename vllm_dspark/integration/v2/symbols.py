@@ -49,6 +49,11 @@ SYMBOLS_V2: tuple[tuple[str, str | None, str], ...] = (
         "",
         "overridden: with confidences",
     ),
+    (
+        "vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs",
+        "req_ids idx_mapping num_scheduled_tokens",
+        "wrapped: adapters of verified rows (lora.py)",
+    ),
     ("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", "", "wrapped: the report"),
     ("vllm.v1.worker.gpu.async_utils:async_copy_to_np", "x", "called"),
     ("vllm.v1.worker.gpu.async_utils:stream", "to_stream from_stream", "called"),
@@ -67,6 +72,16 @@ SYMBOLS_V2: tuple[tuple[str, str | None, str], ...] = (
         "overridden: counts what was verified",
     ),
     ("vllm.v1.core.sched.output:SchedulerOutput", None, "read"),
+    (
+        "vllm.v1.core.sched.output:GrammarOutput",
+        "structured_output_request_ids grammar_bitmask num_acceptable_drafts",
+        "changed: the first draft outside of a grammar is verified, too (grammar.py)",
+    ),
+    (
+        "vllm.v1.worker.gpu.structured_outputs:grammar_invalid_drafts",
+        "input_batch grammar_req_ids num_acceptable_drafts",
+        "kept: reads what grammar.py has changed",
+    ),
     ("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids", "read"),
     ("vllm.v1.outputs:ModelRunnerOutput", None, "carries our report"),
     ("vllm.v1.request:Request", None, "read"),

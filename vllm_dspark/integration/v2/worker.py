@@ -14,6 +14,7 @@ from vllm_dspark.integration.report import DSparkDraftTokenIds, take_plan
 from vllm_dspark.integration.reporting import CostReporting
 from vllm_dspark.integration.say import log_like_vllm
 from vllm_dspark.integration.v2 import hooks
+from vllm_dspark.integration.v2.lora import LoraRows
 from vllm_dspark.integration.v2.profiling import V2StepTimer
 from vllm_dspark.integration.v2.trims import Trims, trims_of
 
@@ -29,10 +30,13 @@ class _ExtendingWorker(CostReporting):
         super().init_device()  # type: ignore[misc]
         config = self.vllm_config  # type: ignore[attr-defined]
         self._trims = trims_of(config)
+        self._lora: LoraRows | None = None
 
     def load_model(self, **keys: Any) -> None:
         super().load_model(**keys)  # type: ignore[misc]
         config = self.vllm_config  # type: ignore[attr-defined]
+        if config.lora_config is not None:
+            self._lora = LoraRows(self.model_runner.lora_state)  # type: ignore[attr-defined]
         if options(config).rejection_kernel == "dspark":
             from vllm_dspark.integration.v2 import sampler
 
@@ -46,6 +50,8 @@ class _ExtendingWorker(CostReporting):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run the model, within the step's budget."""
+        if self._lora is not None:
+            self._lora.step(scheduler_output)
         if self._trims is not Trims.NOT_OURS:
             runner, plan = self.model_runner, take_plan(scheduler_output)
             runner.speculator.meter.step(plan.number)

@@ -219,6 +219,19 @@ def test_adapters_of_the_target(result: dict[str, Any]) -> None:
     assert ours["trimmed"] > 0 < ours["verified"]
 
 
+def test_a_drafter_of_another_class(result: dict[str, Any]) -> None:
+    """Gemma4's is vLLM's own: calibrated and controlled like any other."""
+    found = result["gemma"]
+    assert found["drafter"].endswith("gemma4_dspark:Gemma4DSparkForCausalLM")
+    assert found["texts"] == found["plain"]
+    totals = found["totals"]
+    assert totals["trimmed"] > 5 < totals["verified"] and totals["accepted"] > 0
+    raw, survival = found["survivals"][0]  # nothing has been learned yet
+    expected = np.cumprod(MAPS[0.0].apply(raw), axis=1)
+    np.testing.assert_allclose(survival, expected, atol=1e-6)
+    assert np.abs(np.cumprod(raw, axis=1) - survival).max() > 0.05
+
+
 def test_goals_reach_the_device(result: dict[str, Any]) -> None:
     found = result["device"]["trims"]
     assert any(sum(row["reserved"]) for row in found["rows"])

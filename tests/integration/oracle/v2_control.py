@@ -20,6 +20,7 @@ import torch  # noqa: E402
 
 from tests.integration.engine import Engine, engine  # noqa: E402
 from tests.integration.oracle.v2_features import LORA, adapted, pressed  # noqa: E402
+from tests.integration.oracle.v2_gemma import gemma  # noqa: E402
 from tests.integration.oracle.v2_scenes import (  # noqa: E402
     ARRIVALS,
     SAMPLED,
@@ -36,6 +37,7 @@ from tests.integration.oracle.v2_scenes import (  # noqa: E402
 )
 from tests.integration.recorder import drive, greedy, prompt  # noqa: E402
 from tests.integration.test_adaptive import dear, jagged  # noqa: E402
+from tests.integration.test_v2_adapter import write_maps  # noqa: E402
 from vllm_dspark.integration import costs  # noqa: E402
 
 
@@ -159,6 +161,7 @@ def main() -> None:
     folder, out = map(Path, sys.argv[1:])
     v2_patches.top_k_top_p_in_torch()
     result = {"plain": plain(folder), "host": on_host(folder)}
+    result["gemma"] = gemma(folder, write_maps)
     v2_patches.trim_on_device()
     result["headless"] = without_head(folder)
     v2_patches.overlap_steps()

@@ -135,7 +135,10 @@ class Steering:
                 grammar.keep_forbidden(request, drafts)
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
-        if self._samples_drafts and scheduler_output.has_structured_output_requests:
+        # Where steps overlap vLLM has put in the placeholders.
+        as_built = scheduler_output.num_invalid_spec_tokens is None
+        structured = scheduler_output.has_structured_output_requests
+        if structured and as_built and self._samples_drafts:
             scheduler_output = grammar.without_forbidden(
                 scheduler_output, self.requests, self.structured_output_manager
             )

@@ -22,9 +22,9 @@ from vllm_dspark.schedule.cost import CostTable  # noqa: E402
 from vllm_dspark.schedule.drafting import Reason  # noqa: E402
 from vllm_dspark.schedule.facts import DraftPlan  # noqa: E402
 
-PROMPT, LENGTH, WIDTH = [5, 7], 3, 3
-REGEX = r"[!-&]{20}"
-ALLOWED = list(range(3, 9))  # the ids of these characters
+PROMPT, LENGTH, WIDTH = [5, 4], 3, 2
+REGEX = r"[!-#]{20}"
+ALLOWED = list(range(3, 6))  # the ids of these characters
 ROWS = 128  # requests in a step: the interpreter takes its time by step and by row
 SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": False,

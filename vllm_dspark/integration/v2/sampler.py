@@ -1,8 +1,9 @@
 """``rejection_kernel: dspark``: our kernel in vLLM's rejection sampler.
 
 Logits are processed by vLLM; only what accepts drafts and draws a token is ours. It
-emits what vLLM's kernels emit, structured output included, where the token after a
-draft outside of the grammar comes from the target alone.
+emits what vLLM's kernels emit, structured output included (a draft that vLLM calls
+invalid is none, and the token in its place comes from the target alone; which drafts
+are, `grammar` has a say in).
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ confidence head). Here it is looked at:
   of a drafter that never paused;
 - costs that change are noticed in step times;
 - the device trims as `planner.plan_within` does on the confidences it had, with a
-  calibration file and online recalibration in them.
+  calibration file and online recalibration in them;
+- preempted requests, logprobs, LoRA on the target and a Gemma4 drafter: greedy text is
+  the same as well.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,33 @@ def test_limits(manager: Any) -> None:
     assert manager._count(drafts) == 2
     manager._max_total_logits = 1
     assert manager._count(drafts) == 0
+
+
+def test_the_first_draft_outside_of_a_grammar_is_verified() -> None:
+    from vllm.v1.core.sched.output import GrammarOutput
+
+    from vllm_dspark.integration.grammar import EVERYTHING, PADDING
+    from vllm_dspark.integration.grammar import verify_first_forbidden as allow
+
+    # By request: drafts, how many are acceptable, temperature, and what comes of it.
+    rows: dict[str, tuple[list[int], int, float, int]] = {
+        "cut": ([7, 8, 9], 1, 1.0, 2),
+        "whole": ([7, 8, 9], 3, 1.0, 3),
+        "greedy": ([7, 8, 9], 1, 0.0, 1),
+        "unknown": ([PADDING] * 3, 0, 1.0, 0),
+        "validated": ([7, PADDING, PADDING], 1, 1.0, 2),
+        "unmasked": ([7, 8, 9], 1, 1.0, 1),
+    }
+    masks = np.zeros((len(rows) * 4, 1), dtype=np.int32)
+    masks[-4:] = EVERYTHING
+    made = GrammarOutput(list(rows), masks, [good for _, good, _, _ in rows.values()])
+    step = SimpleNamespace(
+        scheduled_spec_decode_tokens={r: row[0] for r, row in rows.items()},
+        num_invalid_spec_tokens={"validated": 2},
+    )
+    requests = {
+        r: SimpleNamespace(sampling_params=SimpleNamespace(temperature=row[2]))
+        for r, row in rows.items()
+    }
+    allow(made, step, requests)  # type: ignore[arg-type]
+    assert made.num_acceptable_drafts == [row[3] for row in rows.values()]

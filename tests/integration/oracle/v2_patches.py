@@ -30,6 +30,7 @@ def _patch() -> None:
     _replace_functions_once()
     _boolean_masks()
     _math_functions()
+    _random_bits()
 
 
 def _pretend_backend() -> None:
@@ -107,6 +108,41 @@ def _math_functions() -> None:
 
     for name in ("exp", "log", "log1p", "tanh"):
         setattr(libdevice, name, elementwise(getattr(np, name)))
+
+
+def _random_bits() -> None:
+    """Philox in numpy, to the bit: its ten rounds, operation by operation, are half of
+    what a step with sampled tokens takes in the interpreter."""
+    import triton.language as tl
+    import triton.language.random as random
+    from triton.runtime.interpreter import TensorHandle
+
+    philox = random.philox_impl
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    key_a, key_b = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+    round_a, round_b = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+
+    def in_numpy(*counter_and_key: Any, n_rounds: Any = 10) -> Any:
+        *state, n_rounds = (*counter_and_key, n_rounds)[:7]
+        if state[0].dtype != tl.uint32:
+            return philox(*state, n_rounds)
+        block = max(state, key=lambda x: len(x.shape))
+        c0, c1, c2, c3, k0, k1 = (x.handle.data.astype(np.uint64) for x in state)
+        for _ in range(getattr(n_rounds, "value", n_rounds)):
+            a, b = round_a * c0, round_b * c2
+            c0, c2 = (b >> half) ^ c1 ^ k0, (a >> half) ^ c3 ^ k1
+            c1, c3 = b & low, a & low
+            k0, k1 = (k0 + key_a) & low, (k1 + key_b) & low
+        kind = tl.uint32
+        if len(block.shape):
+            kind = tl.block_type(tl.uint32, block.shape)
+        rows = np.broadcast_arrays(c0, c1, c2, c3)
+        return tuple(
+            tl.tensor(TensorHandle(row.astype(np.uint32), tl.uint32), kind)
+            for row in rows
+        )
+
+    random.philox_impl = in_numpy
 
 
 def top_k_top_p_in_torch() -> None:

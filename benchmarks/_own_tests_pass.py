@@ -10,8 +10,10 @@ a file's tests, and ``VLLM_PLUGINS`` says which.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
-import importlib
+import importlib.metadata
 import inspect
 import json
 import os
@@ -25,19 +27,28 @@ import pytest
 
 HUB_ENGINE = "starts an engine or a server with a model of the hub"
 # What a test, its fixtures or a function of its module calls for that.
-STARTERS = ("RemoteOpenAIServer(", "VllmRunner(", "LLM(", "AsyncLLM.from_", "LLMEngine.")
+STARTERS = (
+    "RemoteOpenAIServer(",
+    "VllmRunner(",
+    "LLM(",
+    "AsyncLLM.from_",
+    "LLMEngine.",
+)
 STARTER_FIXTURES = frozenset({"vllm_runner", "hf_runner"})
 WARM = (
     "vllm.entrypoints.llm",
     "vllm.entrypoints.openai.api_server",
     "vllm.v1.engine.async_llm",
     "vllm.v1.worker.gpu_model_runner",
+    "openai.types.responses",
     "tests.conftest",
+    "tests.utils",
 )
+END = "the file's end"
 
 
 class Recorder:
-    """A pytest plugin: a line of JSON for each test as it ends, the worst phase last."""
+    """A pytest plugin: a line of JSON for each test that ends."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -88,6 +99,7 @@ def starts_engine(item: pytest.Function) -> bool:
     return any(starter in text for text in sources for starter in STARTERS)
 
 
+@functools.cache
 def source(function: Any) -> str:
     """Its text, without decorators' folding; nothing where there is none."""
     try:
@@ -135,34 +147,48 @@ def wait(process: int, seconds: float) -> str:
 
 def kill(group: int) -> None:
     """Ends the processes that the file's tests left."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+
+
+def outcome_file(folder: Path, file: str) -> Path:
+    """Where the outcomes of a test file are."""
+    return folder / (file.replace("/", "__") + ".jsonl")
+
+
+def is_done(out: Path) -> bool:
+    return out.exists() and json.dumps(END) in out.read_text()
 
 
 def main() -> None:
-    """The job: {"files", "out", "file_limit", "test_limit"}; cwd holds tests/."""
+    """The job: {"files", "out", "file_limit", "test_limit"}; cwd holds tests/.
+
+    A file that an earlier run with the same folder has done is not run again.
+    """
     job = json.loads(Path(sys.argv[1]).read_text())
     sys.path.insert(0, str(Path.cwd()))
     for module in WARM:
         importlib.import_module(module)
+    for plugin in importlib.metadata.entry_points(group="pytest11"):
+        plugin.load()
     # vLLM's fixtures thaw everything and collect garbage after each test: half a second
     # for what was imported here, which stays frozen.
     gc.freeze()
     gc.unfreeze = lambda: None
-    ends = {}
-    for number, file in enumerate(job["files"]):
-        out = Path(job["out"]) / f"{number}.jsonl"
+    for file in job["files"]:
+        out = outcome_file(Path(job["out"]), file)
+        if is_done(out):
+            continue
+        out.unlink(missing_ok=True)
         if (process := os.fork()) == 0:
             try:
                 run_file(file, out, job["test_limit"])
             finally:
                 os._exit(70)
         start = time.monotonic()
-        ends[file] = wait(process, job["file_limit"])
-        print(f"{time.monotonic() - start:6.1f} s  {file}: {ends[file]}", flush=True)
-    (Path(job["out"]) / "ends.json").write_text(json.dumps(ends))
+        end = wait(process, job["file_limit"])
+        Recorder(out).write(END, end)
+        print(f"{time.monotonic() - start:6.1f} s  {file}: {end}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
     python benchmarks/vllm_own_tests.py --vllm-tests ... --files v1/core config
 
 FOLDER is the ``tests`` folder of vLLM's source distribution of the version that is
-installed; its tests need pytest, pytest-asyncio, pytest-timeout and tblib. They run
-offline on a CPU, in a copy. Of the model hub there is one stand-in, made here: the
-configuration of facebook/opt-125m, which the scheduler's tests ask for, without weights.
-A test that cannot run so is counted by its reason. Files in which the passes differ run
-once more in both: what differs again is a difference, the rest is unsteady. Exits with 1
-if there is a difference.
+installed; its tests need pytest-asyncio, pytest-timeout and tblib. They run offline
+on a CPU, in a copy. Of the model hub there is one stand-in, made here: the configuration of
+facebook/opt-125m, which the scheduler's tests ask for, without weights. A test that
+cannot run so is counted by its reason. Files in which the passes differ run once more
+in both: what differs again is a difference, the rest is unsteady. Exits with 1 if there
+is a difference.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _bench_common as common
-from _own_tests_pass import HUB_ENGINE
+from _own_tests_pass import END, HUB_ENGINE, is_done, outcome_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Where speculative decoding, scheduling, sampling, the OpenAI API, plugins and
@@ -54,7 +56,10 @@ OTHER = "another cause"
 # The first that the skip's or failure's text matches is why a test does not apply.
 REASONS = (
     (HUB_ENGINE, re.escape(HUB_ENGINE)),
-    ("a package is missing", r"No module named|ModuleNotFound|cannot import|not installed"),
+    (
+        "a package is missing",
+        r"No module named|ModuleNotFound|cannot import|not installed",
+    ),
     (
         "needs a file of the model hub",
         r"offline|hugging ?face|\bhub\b|repository id|local(ly)? cached|cached files"
@@ -70,24 +75,35 @@ Outcomes = dict[str, tuple[str, str]]  # test to (outcome, why)
 _WORST = ("passed", "skipped", "xfailed", "failed", "error", "not collected")
 
 
-def read_outcomes(file: Path) -> tuple[Outcomes, str]:
-    """A pass's outcomes of one file, each test's worst, and whether the plugin was in."""
+@dataclass(frozen=True)
+class FileRun:
+    """What a pass left of one file: each test's worst outcome, the plugin, the end."""
+
+    outcomes: Outcomes
+    plugin: str
+    end: str
+
+
+def read_run(file: Path) -> FileRun:
+    """A file of `_own_tests_pass`; a file that is not there has not run."""
     outcomes: Outcomes = {}
-    plugin = NOT_RUN
+    plugin = end = NOT_RUN
     lines = file.read_text().splitlines() if file.exists() else []
     for test, outcome, why in map(json.loads, lines):
-        if not test:
+        if test == END:
+            end = outcome
+        elif not test:
             plugin = outcome
-            continue
-        test = re.sub(r"0x[0-9a-f]+", "0x", test)
-        before = outcomes.get(test, ("passed", ""))[0]
-        if _WORST.index(outcome) >= _WORST.index(before):
-            outcomes[test] = (outcome, why)
-    return outcomes, plugin
+        else:
+            test = re.sub(r"0x[0-9a-f]+", "0x", test)
+            before = outcomes.get(test, ("passed", ""))[0]
+            if _WORST.index(outcome) >= _WORST.index(before):
+                outcomes[test] = (outcome, why)
+    return FileRun(outcomes, plugin, end)
 
 
 def compare(without: Outcomes, with_plugin: Outcomes) -> dict[str, tuple[str, str]]:
-    """The tests whose outcome is not the same: (without, with), each with its reason."""
+    """Tests whose outcome is not the same: (without, with), each with its reason."""
     found = {}
     for test in sorted({*without, *with_plugin}):
         pair = without.get(test, (NOT_RUN, "")), with_plugin.get(test, (NOT_RUN, ""))
@@ -104,22 +120,16 @@ def why_not(why: str) -> str:
     return OTHER
 
 
-def count_file(without: Outcomes, with_plugin: Outcomes, end: str) -> dict[str, Any]:
-    """A file's counts: passes with and without, and why the rest does not apply.
-
-    Args:
-        without: its outcomes without the plugin.
-        with_plugin: and with it.
-        end: how its process without the plugin ended.
-    """
-    rest = {t: why for t, (outcome, why) in without.items() if outcome != "passed"}
+def count_file(without: FileRun, with_plugin: FileRun) -> dict[str, Any]:
+    """A file's counts: passes with and without, and why the rest does not apply."""
+    rest = {t: why for t, (o, why) in without.outcomes.items() if o != "passed"}
     counts: dict[str, Any] = {
-        "passed_without": len(without) - len(rest),
-        "passed_with": sum(o == "passed" for o, _ in with_plugin.values()),
+        "passed_without": len(without.outcomes) - len(rest),
+        "passed_with": sum(o == "passed" for o, _ in with_plugin.outcomes.values()),
         "do_not_apply": dict(Counter(map(why_not, rest.values())).most_common()),
     }
-    if end != "ended":
-        counts["end"] = f"{end}: its further tests are not counted"
+    if without.end != "ended" or with_plugin.end != "ended":
+        counts["ends"] = [without.end, with_plugin.end]
     others = {t.split("::", 1)[-1]: w for t, w in rest.items() if why_not(w) == OTHER}
     if others:
         counts["other_causes"] = {t: w[:160] for t, w in sorted(others.items())[:5]}
@@ -137,7 +147,7 @@ def totals(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "passed_without": sum(c["passed_without"] for c in files.values()),
         "passed_with": sum(c["passed_with"] for c in files.values()),
         "do_not_apply": dict(reasons.most_common()),
-        "files_stopped": sum("end" in c for c in files.values()),
+        "files_stopped": sum("ends" in c for c in files.values()),
     }
 
 
@@ -145,27 +155,33 @@ class Passes:
     """Runs vLLM's tests in a copy of their folder, with a small stand-in of the hub."""
 
     def __init__(self, folder: Path, work: Path, args: argparse.Namespace) -> None:
-        self.root, self.args, self.hub = work / "root", args, work / "hub"
-        shutil.copytree(folder, self.root / "tests")
+        self.work, self.args = work, args
+        self.root, self.hub = work / "root", work / "hub"
+        shutil.copytree(folder, self.root / "tests", dirs_exist_ok=True)
         write_stand_in(self.hub)
 
-    def run(self, arm: str, files: list[str]) -> tuple[dict[str, Outcomes], dict, set]:
-        """One pass: the files' outcomes, how they ended, what said the plugin is in."""
-        out = Path(tempfile.mkdtemp(prefix=f"{arm}-", dir=self.root.parent))
+    def run(self, files: list[str], look: str = "") -> dict[str, dict[str, FileRun]]:
+        """Both passes at the same time: arm to file to what it left."""
+        with ThreadPoolExecutor(len(ARMS)) as pool:
+            done = pool.map(lambda arm: self.run_one(arm, files, look), ARMS)
+            return dict(zip(ARMS, done, strict=True))
+
+    def run_one(self, arm: str, files: list[str], look: str) -> dict[str, FileRun]:
+        """One pass, in a folder of its own."""
+        out = self.work / f"{arm}{look}"
+        out.mkdir(exist_ok=True)
         limits = {"file_limit": self.args.limit, "test_limit": self.args.test_limit}
         job = out / "job.json"
         job.write_text(json.dumps({"files": files, "out": str(out), **limits}))
         worker = Path(__file__).with_name("_own_tests_pass.py")
-        subprocess.run(
-            [sys.executable, str(worker), str(job)],
-            cwd=self.root,
-            env=self.environment(arm),
-            check=True,
-        )
-        read = {f: read_outcomes(out / f"{i}.jsonl") for i, f in enumerate(files)}
-        ends = json.loads((out / "ends.json").read_text())
-        plugin = {state for _, state in read.values()} - {NOT_RUN}
-        return {file: outcomes for file, (outcomes, _) in read.items()}, ends, plugin
+        if not all(is_done(outcome_file(out, file)) for file in files):
+            subprocess.run(
+                [sys.executable, str(worker), str(job)],
+                cwd=self.root,
+                env=self.environment(arm),
+                check=True,
+            )
+        return {file: read_run(outcome_file(out, file)) for file in files}
 
     def environment(self, arm: str) -> dict[str, str]:
         """Offline, on a CPU, and with one plugin more or less."""
@@ -187,7 +203,7 @@ def write_stand_in(hub: Path) -> None:
     from transformers import OPTConfig
 
     model = hub / "hub" / "models--facebook--opt-125m"
-    (model / "refs").mkdir(parents=True)
+    (model / "refs").mkdir(parents=True, exist_ok=True)
     (model / "refs" / "main").write_text("stand-in")
     config = OPTConfig(architectures=["OPTForCausalLM"], dtype="float16")
     config.save_pretrained(model / "snapshots" / "stand-in")
@@ -209,27 +225,32 @@ def selected_files(folder: Path, chosen: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(files))
 
 
+def differences(runs: dict[str, dict[str, FileRun]], file: str) -> dict[str, Any]:
+    return compare(*(runs[arm][file].outcomes for arm in ARMS))
+
+
 def run_both(passes: Passes, files: list[str]) -> dict[str, Any]:
-    """Both passes, the second look at what differs, and the counts."""
-    without, ends, out = passes.run("without", files)
-    with_plugin, ends_with, loaded = passes.run("with", files)
-    if out != {"not loaded"} or loaded != {"loaded"}:
-        raise RuntimeError(f"the plugin was {out} without and {loaded} with it")
-    first = {file: compare(without[file], with_plugin[file]) for file in files}
-    again = [file for file in files if first[file]]
-    second: dict[str, Any] = {}
-    if again:
-        one, two = (passes.run(arm, again)[0] for arm in ARMS)
-        second = {t: d for file in again for t, d in compare(one[file], two[file]).items()}
-    found = {test: pair for pairs in first.values() for test, pair in pairs.items()}
-    counted = {
-        file: count_file(without[file], with_plugin[file], ends[file]) for file in files
+    """Both passes, the second look at what differs, and the counts.
+
+    Raises:
+        RuntimeError: the plugin was in where it should not be, or the reverse.
+    """
+    first = passes.run(files)
+    plugin = {
+        arm: {run.plugin for run in first[arm].values()} - {NOT_RUN} for arm in ARMS
     }
+    if plugin != {"without": {"not loaded"}, "with": {"loaded"}}:
+        raise RuntimeError(f"VLLM_PLUGINS did not decide on the plugin: {plugin}")
+    found = {file: differences(first, file) for file in files}
+    again = [file for file in files if found[file]]
+    second = passes.run(again, "-again") if again else {}
+    seen_again = {test for file in again for test in differences(second, file)}
+    pairs = {test: pair for file in files for test, pair in found[file].items()}
+    counted = {file: count_file(*(first[arm][file] for arm in ARMS)) for file in files}
     return {
         "totals": totals(counted),
-        "differences": {t: pair for t, pair in found.items() if t in second},
-        "unsteady": {t: pair for t, pair in found.items() if t not in second},
-        "ends_that_differ": {f: [ends[f], ends_with[f]] for f in files if ends[f] != ends_with[f]},
+        "differences": {t: pair for t, pair in pairs.items() if t in seen_again},
+        "unsteady": {t: pair for t, pair in pairs.items() if t not in seen_again},
         "files": counted,
     }
 
@@ -242,6 +263,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--files", nargs="+", default=SELECTED, help="below FOLDER")
     parser.add_argument("--limit", type=int, default=120, help="seconds of a file")
     parser.add_argument("--test-limit", type=int, default=60, help="seconds of a test")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="kept; a stopped run goes on there"
+    )
     return parser.parse_args()
 
 
@@ -249,8 +273,9 @@ def main() -> int:
     """Runs, prints the totals, writes the file; 1 if a test's outcome differs."""
     args = arguments()
     files = selected_files(args.vllm_tests, args.files)
-    with tempfile.TemporaryDirectory(prefix="vllm-own-tests-") as work:
-        result = run_both(Passes(args.vllm_tests, Path(work), args), files)
+    with tempfile.TemporaryDirectory(prefix="vllm-own-tests-") as temporary:
+        work = (args.work or Path(temporary)).resolve()
+        result = run_both(Passes(args.vllm_tests, work, args), files)
     print(json.dumps({k: v for k, v in result.items() if k != "files"}, indent=1))
     common.write_json(args.json, result)
     return int(bool(result["differences"]))

@@ -4,9 +4,9 @@
     python benchmarks/vllm_own_tests.py --vllm-tests ... --files v1/core config
 
 FOLDER is the ``tests`` folder of vLLM's source distribution of the version that is
-installed; its tests need pytest-asyncio, pytest-timeout and tblib. They run offline
-on a CPU, in a copy. Of the model hub there is one stand-in, made here: the configuration of
-facebook/opt-125m, which the scheduler's tests ask for, without weights. A test that
+installed; its tests need pytest-asyncio, pytest-timeout and tblib. They run offline on
+a CPU, in a copy. Of the model hub there is one stand-in, made here: the configuration
+of facebook/opt-125m, which the scheduler's tests ask for, without weights. A test that
 cannot run so is counted by its reason. Files in which the passes differ run once more
 in both: what differs again is a difference, the rest is unsteady. Exits with 1 if there
 is a difference.

@@ -6,7 +6,8 @@ Two `vllm serve` of one tiny random model in turn: vLLM alone (``VLLM_PLUGINS`` 
 and DSpark with the adaptive policy. schemathesis (its command may be of another
 environment) makes requests, valid and not, from the server's own schema, with one seed;
 in its copy of the schema the model's name is the one served, or every request would end
-with 404. A finding is an operation, the check that it fails, and the status. Exits with
+with 404; a second half has requests of few keys, most of which reach the engine.
+A finding is an operation, the check that it fails, and the status. Exits with
 1 unless both servers have the same schema and findings, both answer at the end, and no
 traceback in the log has a frame of ours.
 """
@@ -46,6 +47,40 @@ ENVIRONMENT = {
     # The limit of "n": 16384 answers of one request would take an hour.
     "VLLM_MAX_N_SEQUENCES": "16",
 }
+# What the narrow half of the requests is made of: with all of the schema's keys hardly
+# one request in a hundred is accepted, and the engine sees none.
+NARROW: dict[str, Any] = {
+    "prompt": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 20,
+        "pattern": "^[a-z ]+$",
+    },
+    "messages": {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 3,
+        "items": {
+            "type": "object",
+            "properties": {
+                "role": {"enum": ["user", "system"]},
+                "content": {"type": "string", "maxLength": 20, "pattern": "^[a-z ]+$"},
+            },
+            "required": ["role", "content"],
+            "additionalProperties": False,
+        },
+    },
+    "max_tokens": {"type": "integer", "minimum": 1, "maximum": 24},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_p": {"type": "number", "minimum": 0.1, "maximum": 1},
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 50},
+    "n": {"type": "integer", "minimum": 1, "maximum": 3},
+    "seed": {"type": "integer", "minimum": 0, "maximum": 2**31},
+    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "ignore_eos": {"type": "boolean"},
+    "stream": {"type": "boolean"},
+}
+GENERATING = {"CompletionRequest": "prompt", "ChatCompletionRequest": "messages"}
 Interaction = dict[str, Any]
 
 
@@ -59,28 +94,55 @@ def served_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return pinned
 
 
-def fuzz(server: Server, args: argparse.Namespace, work: Path) -> list[Interaction]:
-    """What schemathesis asked and got: a cassette's interactions."""
-    import yaml
+def narrow_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """One in which requests that generate text have the keys of `NARROW` only."""
+    narrow = served_schema(schema)
+    for name, needed in GENERATING.items():
+        component = narrow["components"]["schemas"][name]
+        keys = component["properties"]
+        other = set(GENERATING.values()) - {needed}
+        kept = {key: rule for key, rule in NARROW.items() if key not in other}
+        component["properties"] = {"model": keys["model"], **kept}
+        component["required"] = [needed, "model"]
+        component["additionalProperties"] = False
+    return narrow
 
+
+def fuzz(server: Server, args: argparse.Namespace, work: Path) -> list[Interaction]:
+    """What schemathesis asked and got, by the whole schema and by the narrow one."""
     with urllib.request.urlopen(f"{server.url}/openapi.json", timeout=60) as answer:
         schema = json.load(answer)
     (work / "schema.json").write_text(json.dumps(schema))
-    (work / "served.json").write_text(json.dumps(served_schema(schema)))
+    whole = run_schemathesis(server, args, work / "whole", served_schema(schema), PATHS)
+    generating = tuple(path for path in PATHS if path.endswith("completions"))
+    narrow = narrow_schema(schema)
+    return whole + run_schemathesis(server, args, work / "narrow", narrow, generating)
+
+
+def run_schemathesis(
+    server: Server,
+    args: argparse.Namespace,
+    work: Path,
+    schema: dict[str, Any],
+    paths: Iterable[str],
+) -> list[Interaction]:
+    """A cassette's interactions.
+
+    Raises:
+        RuntimeError: it did not end as with or without findings.
+    """
+    import yaml
+
+    work.mkdir()
+    (work / "schema.json").write_text(json.dumps(schema))
     cassette = work / "cassette.yaml"
-    command = [args.schemathesis, "run", str(work / "served.json"), "--url", server.url]
-    command += [word for path in PATHS for word in ("--include-path", path)]
+    command = [args.schemathesis, "run", "schema.json", "--url", server.url]
+    command += [word for path in paths for word in ("--include-path", path)]
     command += ["--phases", "examples,fuzzing", "--max-examples", str(args.examples)]
-    command += [
-        "--seed",
-        str(args.seed),
-        "--generation-database",
-        "none",
-        "--no-shrink",
-    ]
-    command += ["--continue-on-failure"]
+    command += ["--seed", str(args.seed), "--generation-database", "none"]
+    command += ["--no-shrink", "--continue-on-failure", "--no-color"]
     command += ["--suppress-health-check", "all", "--request-timeout", "60"]
-    command += ["--report-vcr-path", str(cassette), "--no-color"]
+    command += ["--report-vcr-path", str(cassette)]
     with (work / "schemathesis.log").open("w") as log:
         done = subprocess.run(
             command, cwd=work, stdout=log, stderr=log, timeout=args.limit, check=False
@@ -89,7 +151,8 @@ def fuzz(server: Server, args: argparse.Namespace, work: Path) -> list[Interacti
     if done.returncode not in (0, 1) or not cassette.exists():
         tail = (work / "schemathesis.log").read_text()[-2000:]
         raise RuntimeError(f"schemathesis ended with {done.returncode}:\n{tail}")
-    return yaml.load(cassette.read_text(), yaml.CSafeLoader)["http_interactions"]
+    found = yaml.load(cassette.read_text(), yaml.CSafeLoader)
+    return list(found["http_interactions"])
 
 
 def operation(interaction: Interaction) -> str:

@@ -151,6 +151,7 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
             (file / "__init__.py").touch()
 
 
+@pytest.mark.slow
 def test_both_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole script on a vllm of nothing: a difference, one that does not come
     again, engines that are left out, a file that dies."""

@@ -138,6 +138,13 @@ def test_the_longest_choice_is_of_the_last_report(engine: Engine) -> None:
     assert second is not None and second["planner_max_seconds"] == 0.0
 
 
+def test_a_clock_that_goes_back_lowers_no_counter(engine: Engine) -> None:
+    reporter = Reporter(engine.controller)
+    before = engine.controller.totals.planner_seconds
+    reporter.planned(-3600.0)
+    assert engine.controller.totals.planner_seconds == before
+
+
 def test_calibration_error_of_all_positions(engine: Engine) -> None:
     assert math.isnan(calibration_error(engine.controller))
     engine.run(8, 100)

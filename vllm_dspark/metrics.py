@@ -150,7 +150,12 @@ class Reporter:
         self._longest = 0.0
 
     def planned(self, seconds: float) -> None:
-        """A step's lengths were chosen in so many seconds."""
+        """A step's lengths were chosen in so many seconds.
+
+        Fewer than none, by a clock that went back, are none: a counter that is
+        lowered raises, and would end the engine.
+        """
+        seconds = max(seconds, 0.0)
         self._controller.totals.planner_seconds += seconds
         self._longest = max(self._longest, seconds)
 

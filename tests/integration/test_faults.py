@@ -192,7 +192,8 @@ def without_one(drafts: Any, number: int) -> None:
     """A request of the step is missing from the message."""
     if len(drafts.req_ids) > 1:
         drop = number % len(drafts.req_ids)
-        drafts.confidences = np.delete(drafts.confidences, drop, axis=0)
+        if drafts.confidences is not None:  # nothing may have been drafted
+            drafts.confidences = np.delete(drafts.confidences, drop, axis=0)
         del drafts.req_ids[drop], drafts.draft_token_ids[drop]
 
 

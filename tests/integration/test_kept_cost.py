@@ -149,6 +149,11 @@ def test_a_server_that_is_told_to_end(
         server.wait_ready(lambda *_: None)
         start = time.monotonic()
         ask(server)
+        # The engine writes a moment after the answer has left it.
+        for _ in range(600):
+            if "live_observations" in kept(cache).measured:
+                break
+            time.sleep(0.1)
         idle = kept(cache).measured["live_observations"]
         ask(server)
         again = kept(cache).measured["live_observations"]

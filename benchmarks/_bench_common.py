@@ -18,6 +18,12 @@ from vllm_dspark import provenance
 Prompt = TypeVar("Prompt")
 
 
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSONL file."""
+    # Not splitlines: texts may hold U+2028.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
 def prompts_in_turn(
     path: Path,
     make: Callable[[list[dict[str, str]]], Prompt | None],
@@ -33,9 +39,7 @@ def prompts_in_turn(
         most: prompts of a group.
     """
     groups: dict[str, list[Prompt]] = defaultdict(list)
-    # Not splitlines: texts may hold U+2028.
-    for line in filter(None, path.read_text().split("\n")):
-        row = json.loads(line)
+    for row in read_rows(path):
         if (prompt := make(row["messages"])) is not None:
             groups[group(row["dataset"])].append(prompt)
     return [

@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import _bench_common as common
+
 from vllm_dspark.cli.arms import ask, connect, geometric_mean, speculation_between
 from vllm_dspark.cli.server import Server, speculative_arguments
 
@@ -51,8 +53,7 @@ def arguments_of(arm: dict[str, Any], streams: int) -> list[str]:
 
 
 def questions() -> list[list[dict[str, str]]]:
-    rows = map(json.loads, PROMPTS.read_text().splitlines())
-    return [row["messages"] for row in rows]
+    return [row["messages"] for row in common.read_rows(PROMPTS)]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

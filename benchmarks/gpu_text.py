@@ -11,14 +11,13 @@ file. The result is a token folder that `vllm-dspark train` reads.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _bench_common  # noqa: F401  (puts this tree first)
+import _bench_common as common
 import numpy as np
 from _gpu_decode import Decoder, Request
 
@@ -36,6 +35,7 @@ TEMPERATURES = {
     "begun": {0.0: 0.5, 0.6: 0.25, 1.0: 0.25},
     "self": {0.0: 0.5, 0.6: 0.25, 1.0: 0.25},
 }
+MOST_WORDS = 9  # a turn begins with fewer tokens of a prompt
 MAX_ANSWER, MAX_TURN, MIN_TURN, MIN_ANSWER = 256, 120, 4, 4
 SAMPLES_PER_SHARD = 8192
 
@@ -96,7 +96,7 @@ class Questions:
         if kind == "self":
             return self._turn((), "self", kind)
         words, source = self.words[int(self.rng.integers(len(self.words)))]
-        some = words[: int(self.rng.integers(2, 9))]
+        some = words[: int(self.rng.integers(2, MOST_WORDS))]
         return self._turn(some, f"begun {source}", kind)
 
     def _turn(self, words: tuple[int, ...], source: str, kind: str) -> Request:
@@ -139,18 +139,12 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
 
 
 def first_words(file: Path, tokenizer: Any) -> list[tuple[tuple[int, ...], str]]:
-    rows = map(json.loads, filter(None, file.read_text().split("\n")))
-    return [
-        (
-            tuple(
-                tokenizer(row["messages"][0]["content"], add_special_tokens=False)[
-                    "input_ids"
-                ][:10]
-            ),
-            row["dataset"],
-        )
-        for row in rows
-    ]
+    found = []
+    for row in common.read_rows(file):
+        text = row["messages"][0]["content"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found.append((tuple(ids[:MOST_WORDS]), row["dataset"]))
+    return found
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def test_cache_is_bounded_and_changes_nothing(target, text) -> None:
     source = FeatureSource(target, (0, 2), 16, int(2.5 * size))
     for _ in range(2):
         for key in range(4):
-            got = source.get(key, text, 10)
+            (got,) = source.get([(key, text, 10)])
             assert torch.equal(got.hidden, free.compute(text, 10).hidden)
     assert source.cached_bytes == 2 * size
     assert source.computed == 2 + 2 * 2  # two cached, two computed each time
@@ -166,9 +166,7 @@ def test_packed_sequences_equal_sequences_alone(target, head: str, device: str) 
     there = FeatureSource(copy.deepcopy(target).to(device), source.layer_ids, 16, 0)
     texts = [(s.key, s.tokens, s.prompt_len) for s in sequences]
     model = SequenceLoss(drafter, options, scale.to(device), torch.float32)
-    packed = pack_sequences(
-        sequences, there.get_together(texts), 4, to_draft.to(device)
-    )
+    packed = pack_sequences(sequences, there.get(texts), 4, to_draft.to(device))
     together = model.backward(*packed, 0.3, 10.0)
     assert alone.rows.tolist() == together.rows.tolist() and alone.rows[0] == 22
     for name in ("cross_entropy", "distance", "confidence_loss"):
@@ -189,8 +187,8 @@ def test_features_of_texts_together_are_those_of_each_alone(target) -> None:
         for key, length, prompt_len in [(0, 30, 10), (1, 12, 2), (2, 20, 19)]
     ]
     source = FeatureSource(target, (0, 2), 16, 1 << 30)
-    source.get(*texts[1])
-    for (_, *text), found in zip(texts, source.get_together(texts), strict=True):
+    source.get([texts[1]])
+    for (_, *text), found in zip(texts, source.get(texts), strict=True):
         alone = source.compute(*text)
         torch.testing.assert_close(found.hidden, alone.hidden)
         torch.testing.assert_close(found.top_probs, alone.top_probs)

@@ -60,12 +60,8 @@ def loss_rows_(
     require("weights", weights, F32, (n,), logits)
     if backend == "reference":
         # Not on a GPU: the host would wait for it.
-        if (
-            not ids.is_cuda
-            and n
-            and ids.numel()
-            and not -1 <= int(ids.min()) <= int(ids.max()) < vocab
-        ):
+        looked_at = n and ids.numel() and not ids.is_cuda
+        if looked_at and not -1 <= int(ids.min()) <= int(ids.max()) < vocab:
             raise ValueError(f"ids: some are outside [-1, {vocab}) given by logits")
         terms = reference(logits, ids, probs, weights, ce_weight, tv_weight)
         return (*terms, backend)

@@ -257,7 +257,8 @@ class Controller:
         """
         self.survival.update(made, verified, accepted)
         self.gate.observe(made.ids, verified, accepted)
-        self._hope.observe(made, verified, accepted)
+        if self.drafting.starting:  # nobody asks afterwards
+            self._hope.observe(made, verified, accepted)
         rounds = int(emitting.sum())
         self._rounds_seen += rounds
         self.totals.verified += int(verified.sum())

@@ -63,6 +63,29 @@ def num_rows(anchors: np.ndarray, length: int, block_size: int) -> np.ndarray:
     return np.asarray((room[:, None] > np.arange(block_size)).sum(0))
 
 
+def positions_of(
+    anchors: np.ndarray, length: int, block_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the rows of the blocks at ``anchors``, ``[R, K]``.
+
+    Returns:
+        the positions, none beyond the text, and which of them have a token to predict.
+    """
+    where = anchors[:, None] + np.arange(block_size)
+    # The last token has no successor to predict.
+    return np.minimum(where, length - 1), where < length - 1
+
+
+def target_probs(
+    top_ids: Tensor, top_probs: Tensor, rows: Tensor, target_to_draft: Tensor | None
+) -> TargetProbs:
+    """Chosen rows of `Features`' likeliest tokens, in the draft vocabulary."""
+    ids = top_ids[rows].long()
+    if target_to_draft is not None:
+        ids = target_to_draft[ids]
+    return TargetProbs(ids, top_probs[rows].float())
+
+
 def build_blocks(
     tokens: Tensor,
     features: Features,
@@ -81,20 +104,12 @@ def build_blocks(
             vocabularies are the same.
     """
     device = features.hidden.device
-    start = torch.from_numpy(anchors).long()
-    where = start[:, None] + torch.arange(block_size)
-    # The last token has no successor to predict.
-    valid = where < len(tokens) - 1
-    at = where.clamp_max(len(tokens) - 1)
+    at, valid = map(torch.from_numpy, positions_of(anchors, len(tokens), block_size))
     row = (at.flatten() - features.first).to(device)
-    ids = features.top_ids[row].long()
-    if target_to_draft is not None:
-        ids = target_to_draft[ids]
-    probs = features.top_probs[row].float()
     return Blocks(
-        start.to(device),
+        torch.from_numpy(anchors).long().to(device),
         tokens[at].to(device),
         valid.to(device),
-        TargetProbs(ids, probs),
+        target_probs(features.top_ids, features.top_probs, row, target_to_draft),
         int(anchors.max()),
     )

@@ -62,12 +62,12 @@ class FeatureSource:
         self.computed = 0
         self._cache: dict[int, Features] = {}
 
-    def get(self, key: int, tokens: Tensor, prompt_len: int) -> Features:
-        """Features of the sequence ``tokens [T]`` int64 that is known as ``key``."""
-        return self.get_together([(key, tokens, prompt_len)])[0]
+    def get(self, texts: Sequence[tuple[int, Tensor, int]]) -> list[Features]:
+        """Features of sequences; those not cached are computed at once.
 
-    def get_together(self, texts: Sequence[tuple[int, Tensor, int]]) -> list[Features]:
-        """The same of several sequences; those not cached are computed at once."""
+        Args:
+            texts: the key by which each is known, ``tokens [T]`` int64, prompt length.
+        """
         missing = [text for text in texts if text[0] not in self._cache]
         fresh: dict[int, Features] = {}
         if missing:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vllm_dspark.train.blocks import Blocks
+from vllm_dspark.train.blocks import Blocks, positions_of, target_probs
 from vllm_dspark.train.data import Sequence
 from vllm_dspark.train.features import Features
-from vllm_dspark.train.loss import TargetProbs
 
 
 def pack_sequences(
@@ -46,13 +45,11 @@ def pack_sequences(
     target_row = np.zeros_like(prev_ids)
     offset = 0
     for c, (sequence, known) in enumerate(zip(sequences, features, strict=True)):
-        n, length = len(sequence.anchors), len(sequence.tokens)
-        where = sequence.anchors[:, None] + np.arange(block_size)
-        at = np.minimum(where, length - 1)
+        n = len(sequence.anchors)
         anchors[c, :n] = sequence.anchors
+        length = len(sequence.tokens)
+        at, valid[c, :n] = positions_of(sequence.anchors, length, block_size)
         prev_ids[c, :n] = sequence.tokens.numpy()[at]
-        # The last token has no successor to predict.
-        valid[c, :n] = where < length - 1
         target_row[c, :n] = offset + at - known.first
         offset += len(known.top_ids)
     counted = np.flatnonzero(valid)
@@ -60,23 +57,19 @@ def pack_sequences(
     def moved(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
 
+    targets = target_probs(
+        torch.cat([f.top_ids for f in features]),
+        torch.cat([f.top_probs for f in features]),
+        moved(target_row.reshape(-1)[counted]),
+        target_to_draft,
+    )
     blocks = Blocks(
         moved(anchors.reshape(-1)),
         moved(prev_ids.reshape(-1, block_size)),
         moved(valid.reshape(-1, block_size)),
-        _targets(features, moved(target_row.reshape(-1)[counted]), target_to_draft),
+        targets,
         context,
         moved(counted),
     )
     hidden = pad_sequence([f.hidden[:context] for f in features], batch_first=True)
     return hidden, blocks
-
-
-def _targets(
-    features: Texts[Features], rows: Tensor, target_to_draft: Tensor | None
-) -> TargetProbs:
-    ids = torch.cat([f.top_ids for f in features])[rows].long()
-    if target_to_draft is not None:
-        ids = target_to_draft[ids]
-    probs = torch.cat([f.top_probs for f in features])[rows].float()
-    return TargetProbs(ids, probs)

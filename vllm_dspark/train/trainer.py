@@ -204,7 +204,7 @@ class Trainer:
         for start in range(0, len(sequences), each):
             some = sequences[start : start + each]
             texts = [(s.key, s.tokens, s.prompt_len) for s in some]
-            features = self.source.get_together(texts)
+            features = self.source.get(texts)
             if each > 1:
                 yield pack_sequences(some, features, size, self.to_draft)
                 continue

@@ -35,6 +35,8 @@ def test_every_step_is_there(
     ours = {"policy": "adaptive", "cost_table": table, "step_log": str(file)}
     config = {"dspark": ours}
     with engine(tiny_target, tiny_drafter, additional_config=config) as eng:
+        # Logged, but not learned from: what is drafted is the same on every machine.
+        eng.scheduler.controller.timed = lambda *args: None
         texts = drive(eng, ARRIVALS)
         found = rows(file)  # complete as soon as nothing is left to do
         stats, totals = eng.stats(), eng.scheduler.controller.totals
@@ -50,7 +52,7 @@ def test_every_step_is_there(
     assert new <= sum(r["emitted"] for r in found) <= new + 5 * len(ARRIVALS)
     assert sum(r["prompt_tokens"] for r in found) == prompts
     assert max(r["requests"] for r in found) > 2
-    assert sum(r["verified"] for r in found) == stats.draft_tokens > 50
+    assert sum(r["verified"] for r in found) == stats.draft_tokens > 20
     assert sum(r["drafts"] for r in found) > stats.draft_tokens  # some were trimmed
     # Nothing is computed in the steps that only say that a request has ended.
     drafted = Counter(r["positions"] for r in found)

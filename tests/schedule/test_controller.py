@@ -69,6 +69,24 @@ def test_long_drafts_for_one_and_none_where_they_do_not_pay() -> None:
     assert poor.controller.totals.bypassed_steps > 100
 
 
+def test_a_probe_of_a_bypass_drafts_for_some_requests_only() -> None:
+    """As many as it takes; the same ones in its next step, to learn what became."""
+    poor = engine(accept=0.2)
+    poor.run(64, 300)
+    controller, step = poor.controller, batch(None, 64)
+    most = controller.drafting.options.probe_rounds
+    plans = [controller.draft(step) for _ in range(1100)]
+    probes = [plan for plan in plans if plan.positions]
+    assert probes and all(plan.reason is Reason.PROBE for plan in probes)
+    drafted = {frozenset(step.ids) - plan.skip for plan in probes}
+    assert [len(ids) for ids in drafted] == [most]
+    # Old and new requests alike, and whoever is there where there are few.
+    assert {"0", "63"} < next(iter(drafted))
+    few = batch(None, most - 1)
+    plans = [controller.draft(few) for _ in range(1100)]
+    assert any(plan.positions for plan in plans) and not any(p.skip for p in plans)
+
+
 @pytest.mark.parametrize("with_confidence", [True, False])
 @pytest.mark.parametrize("accept", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("load", [1, 4, 16, 64])

@@ -1,9 +1,11 @@
 """Context K/V that is put off while nobody reads it.
 
 In a bypass the drafter's context K/V must stay complete, or drafts would be worse
-afterwards and at prefix-cache hits. But only a draft reads it: until the next one, the
-features are kept and written together, which takes half the time per token with many
-requests and a fiftieth with one.
+afterwards and at prefix-cache hits. But only a draft reads it, and only that of its own
+request: until then features are kept, and written together, which takes half the time
+per token with many requests and a fiftieth with one. What nobody can read any more
+(its request has ended and no prefix cache holds its block, or the slot is another's by
+now) is never written at all.
 """
 
 from __future__ import annotations
@@ -14,76 +16,120 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from vllm_dspark.integration.kept_rows import KeptRows, Rows
+
 # Writes features [n, taps·d] at positions [n] to slots [n].
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Rows kept at most: beyond, a row gets no cheaper (measured on two cores), and a step
-# that writes them all takes noticeably longer.
-MAX_ROWS = 512
+# Rows written together: with more, a row gets no cheaper (measured on two cores).
+ROWS_AT_ONCE = 512
+# Rows that the shares of written ones are counted over, about.
+_WINDOW = 16384
 
 
 class ContextWriter:
-    """Writes context K/V now or later, always in the order of the steps.
+    """Writes context K/V now or later; what is read is always there.
 
     Args:
         write: the drafter's.
+        capacity: rows kept at most; 0 writes everything at once.
+        block_size: slots of a block.
+        wanted: of slots, [n] bool: whether anybody may still read them. None: all.
     """
 
-    def __init__(self, write: Write) -> None:
+    def __init__(
+        self,
+        write: Write,
+        capacity: int,
+        block_size: int,
+        wanted: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self._write = write
-        self._kept: list[Rows] = []
-        self.rows = 0  # that are kept
+        self._kept = KeptRows(capacity, block_size)
+        self._wanted = wanted
         self._row_seconds = 0.0  # when many were last written together
         self._owed = 0.0
+        self._written, self._dropped = 1.0, 0.0  # of what was put off, lately
 
-    def add(self, rows: Rows, read_next: bool) -> None:
+    @property
+    def rows(self) -> int:
+        """Rows that are kept."""
+        return self._kept.rows
+
+    def add(self, rows: Rows, read: np.ndarray | None) -> None:
         """Take a step's rows.
 
         Args:
             rows: features, positions and slots (-1: not stored) of the step's final
-                tokens. The features may be no buffer of vLLM's; what is kept of the
-                others is copied.
-            read_next: False if nothing is drafted in this step.
+                tokens. What is kept of them is copied.
+            read: blocks that this step's drafts read; None: nothing is drafted, and
+                the rows may wait.
         """
-        features, positions, slots = rows
-        new, kept = len(slots), self.rows
-        self.rows += new
-        self._owed = self._row_seconds * new
-        if not read_next and self.rows <= MAX_ROWS:
-            self._kept.append((features, positions.clone(), slots.clone()))
+        slots = rows[2].cpu().numpy()
+        self._drop(self._kept.of_slots(slots))
+        if read is None and 0 < self._kept.capacity >= len(slots):
+            self._put_off(rows, slots)
             return
-        self._kept.append(rows)
-        start = time.perf_counter()
-        self.flush()
-        seconds = time.perf_counter() - start
-        self._owed = -seconds * kept / max(kept + new, 1)
-        if kept:
-            self._row_seconds = seconds / (kept + new)
+        earlier = np.empty(0, dtype=np.int64)
+        if read is not None and self.rows:
+            earlier = self._kept.of_blocks(read)
+        self._owed = -self._write_all(earlier, rows)
 
     def take_owed(self) -> float:
         """Seconds that the last step put off; negative: spent for steps before it."""
         owed, self._owed = self._owed, 0.0
         return owed
 
-    def flush(self) -> None:
-        """Write what is kept."""
-        kept, self._kept, self.rows = self._kept, [], 0
-        if len(kept) == 1:
-            features, positions, slots = kept[0]
-        else:
-            features, positions, slots = map(torch.cat, zip(*kept, strict=True))
-            # A slot that meanwhile went to another request is the last one's: two
-            # rows for one slot in one call would be written in any order.
-            last = torch.from_numpy(_last_of_each(slots.cpu().numpy()))
-            last = last.to(slots.device)
-            features, positions, slots = features[last], positions[last], slots[last]
-        if len(slots):
-            self._write(features, positions, slots)
+    def _put_off(self, rows: Rows, slots: np.ndarray) -> None:
+        stored = np.flatnonzero(slots >= 0)
+        if len(stored) < len(slots):
+            index = torch.from_numpy(stored).to(rows[2].device)
+            rows = (rows[0][index], rows[1][index], rows[2][index])
+            slots = slots[stored]
+        spent = self._make_room(len(slots))
+        self._kept.put(rows, slots)
+        share = self._written / (self._written + self._dropped)
+        self._owed = self._row_seconds * share * len(slots) - spent
 
+    def _make_room(self, rows: int) -> float:
+        """Free the next places; seconds that it took to write what is still wanted."""
+        if not len(self._kept.oldest(rows)):
+            return 0.0
+        many = min(ROWS_AT_ONCE, self._kept.capacity // 2)
+        oldest = self._kept.oldest(max(rows, many))
+        if self._wanted is not None:
+            wanted = self._wanted(self._kept.slots(oldest))
+            self._drop(oldest[~wanted])
+            oldest = oldest[wanted]
+        return self._write_all(oldest, None)
 
-def _last_of_each(slots: np.ndarray) -> np.ndarray:
-    """Indices of the last row of each slot, in order; rows without a slot left out."""
-    _, first = np.unique(slots[::-1], return_index=True)
-    last = np.sort(len(slots) - 1 - first)
-    return last[slots[last] >= 0]
+    def _write_all(self, places: np.ndarray, rows: Rows | None) -> float:
+        """Write kept rows, and a step's own with the last of them.
+
+        Returns:
+            Seconds spent for the kept ones.
+        """
+        start = time.perf_counter()
+        new = 0 if rows is None else len(rows[2])
+        for first in range(0, max(len(places), 1), ROWS_AT_ONCE):
+            part = places[first : first + ROWS_AT_ONCE]
+            parts = [self._kept.rows_at(part)] if len(part) else []
+            if new and first + ROWS_AT_ONCE >= len(places):
+                assert rows is not None
+                parts.append(rows)
+            if parts:
+                features, positions, slots = map(torch.cat, zip(*parts, strict=True))
+                self._write(features, positions, slots)
+        seconds = time.perf_counter() - start
+        self._kept.forget(places)
+        self._written += len(places)
+        if not len(places):
+            return 0.0
+        self._row_seconds = seconds / (len(places) + new)
+        return self._row_seconds * len(places)
+
+    def _drop(self, places: np.ndarray) -> None:
+        self._kept.forget(places)
+        self._dropped += len(places)
+        if self._written + self._dropped > _WINDOW:
+            self._written, self._dropped = self._written / 2, self._dropped / 2

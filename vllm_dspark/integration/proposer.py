@@ -22,9 +22,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dspark.integration.config import drafter_folder, options
-from vllm_dspark.integration.context import ContextWriter, Rows
+from vllm_dspark.integration.context import ContextWriter
+from vllm_dspark.integration.kept_rows import Rows
 from vllm_dspark.integration.loader import load_draft_model
 from vllm_dspark.integration.pending import Drafted
+from vllm_dspark.integration.upkeep import blocks_read, context_writer
 from vllm_dspark.model import checkpoint
 from vllm_dspark.ops.sequential import SequentialDraft, draft_sequential
 from vllm_dspark.types import DraftBlock
@@ -75,7 +77,8 @@ class DSparkProposer(DFlashProposer):
         self.last_backend = "none"
         self.nonfinite_drafts = 0
         self.muted = False  # while steps are timed
-        self.context = ContextWriter(self._write_now)
+        self.runner = runner
+        self.context: ContextWriter  # once the K/V cache is laid out
         # Positions the drafter's rotary table covers.
         self.max_position = min(
             self.max_model_len,
@@ -93,6 +96,12 @@ class DSparkProposer(DFlashProposer):
             self._create_draft_vllm_config(), self.folder, target_model, self.device
         )
         self._draft_attn_layer_names = self._attention_layers() - before
+
+    def initialize_attn_backend(
+        self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+        self.context = context_writer(self, self.runner)
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         if not self.muted:
@@ -135,8 +144,14 @@ class DSparkProposer(DFlashProposer):
         context = self._context_rows(
             _valid_rows(tokens), features, positions, attention
         )
-        # While steps are timed, what was put off would be missing from the times.
-        self.context.add(context, read_next=drafts or self.muted)
+        read = None
+        if drafts:
+            table = attention.block_table_tensor
+            read = blocks_read(table, rows, anchor_positions[rows], self.block_size)
+        elif self.muted:
+            # While steps are timed, what was put off would be missing from the times.
+            read = np.empty(0, dtype=np.int64)
+        self.context.add(context, read)
         if not drafts:
             return None
         hidden = self._backbone(
@@ -172,11 +187,6 @@ class DSparkProposer(DFlashProposer):
             slots = torch.where(inside, slots, NO_SLOT)
             positions = positions.clamp(max=self.max_position - 1)
         return taps, positions, slots
-
-    def _write_now(
-        self, taps: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
-    ) -> None:
-        self.model.write_context(taps, positions, slots)
 
     def _backbone(
         self,

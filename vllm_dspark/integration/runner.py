@@ -180,8 +180,11 @@ class DSparkRunnerMixin:
         )
         self._drafted_req_ids = self.input_batch.req_ids.copy()
         seconds = time.perf_counter() - start
-        made = 0 if self._drafted is None else self._drafted.block.token_ids.numel()
-        self._draft_times = (seconds, len(self._drafted_req_ids), made)
+        requests, made = len(self._drafted_req_ids), 0
+        if self._drafted is not None:
+            requests = len(self._drafted.rows)
+            made = self._drafted.block.token_ids.numel()
+        self._draft_times = (seconds, requests, made)
         # ``requests``, not the step's finished ids: the last ones come in a step
         # without tokens, which never gets here.
         self._pending.update(self._drafted_req_ids, self._drafted, self.requests)

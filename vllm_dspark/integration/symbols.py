@@ -195,6 +195,16 @@ SYMBOLS: tuple[Symbol, ...] = (
     _s("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids", "subclassed"),
     # drafter (proposer.py, model.py)
     _s(_PROPOSER + ".__init__", "vllm_config device runner", "subclassed"),
+    _s(
+        _PROPOSER + ".initialize_attn_backend",
+        "kv_cache_config kernel_block_sizes",
+        "overridden: what waits to become context K/V is laid out by blocks",
+    ),
+    _s(
+        "vllm.v1.worker.gpu_input_batch:CachedRequestState",
+        None,
+        "read: a request's blocks, for features that nobody will read",
+    ),
     _s(_PROPOSER + ".load_model", "target_model", "overridden"),
     _s(_PROPOSER + "._create_draft_vllm_config", "", "called"),
     _s(

@@ -35,6 +35,7 @@ from vllm_dspark.schedule.request_gate import RequestGate
 from vllm_dspark.schedule.step import (
     Floats,
     Ints,
+    Mask,
     StepCost,
     Stop,
     VerifyPlan,
@@ -125,7 +126,7 @@ class Controller:
         self._rounds_seen = 0
         positions, skip = self._choice.positions, frozenset[str]()
         if positions:
-            admitted = self.gate.admit(batch.ids)
+            admitted = _thinned(self.gate.admit(batch.ids), self._choice.most_requests)
             if not admitted.all():
                 rows = np.flatnonzero(~admitted)
                 skip = frozenset(batch.ids[r] for r in rows)
@@ -302,6 +303,16 @@ class Controller:
         ids = list(ids)
         self.survival.forget(ids)
         self.gate.forget(ids)
+
+
+def _thinned(admitted: Mask, most: int | None) -> Mask:
+    """At most so many of the requests that are admitted, from old to new."""
+    rows = np.flatnonzero(admitted)
+    if most is None or len(rows) <= most:
+        return admitted
+    chosen = np.zeros_like(admitted)
+    chosen[rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]] = True
+    return chosen
 
 
 def _free(tokens: Ints) -> Floats:

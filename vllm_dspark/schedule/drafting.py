@@ -78,11 +78,13 @@ class DraftingChoice:
     """Positions to draft next, 0..γ, and why.
 
     The drafts of a probe are there to be learned from: without a confidence head, one
-    of each request must be verified even if that does not pay.
+    of each request must be verified even if that does not pay. A probe of a bypass
+    needs no more than ``most_requests`` (None: all are drafted for).
     """
 
     positions: int
     reason: Reason
+    most_requests: int | None = None
 
 
 class Drafting:
@@ -163,7 +165,7 @@ class Drafting:
             if jumped:
                 self._probes.cancel()
             elif self._probes.goes_on(facts.rounds, float(gain[1:].max())):
-                return DraftingChoice(self._probe_length, Reason.PROBE)
+                return self._probe()
             self._gain = gain  # the average is of what was believed before
         best = self._best(self._lengths(facts.allowed))
         # Losses end soon; that choices do not last is for the next drafting to wait.
@@ -174,11 +176,15 @@ class Drafting:
         elif self._length == 0 and self._probes.due(jumped):
             self._probe_length = 1 + int(np.argmax(self._gain[1:]))
             self._probes.start(float(gain[1:].max()))
-            return DraftingChoice(self._probe_length, Reason.PROBE)
+            return self._probe()
         explored = self._explores()
         if explored is not None:
             return DraftingChoice(explored, Reason.PROBE)
         return DraftingChoice(self._length, self._reason(facts, best))
+
+    def _probe(self) -> DraftingChoice:
+        most = self.options.probe_rounds
+        return DraftingChoice(self._probe_length, Reason.PROBE, most)
 
     def _explores(self) -> int | None:
         """Another length for this step, in order to learn.

@@ -14,7 +14,10 @@ At each load C every engine always has C requests at hand: a new one comes when 
 ended. All get the same held-out prompts in the same order, answer greedily, end where
 the answer ends or after --output-tokens on average (spread over half to one and a
 half). The first --start-steps steps of a load are not timed. A turn lasts until the
-engine has emitted --turn-steps tokens per request, and --turn-tokens at least.
+engine has emitted --turn-steps tokens per request, and --turn-tokens at least. Turns of
+one moment differ in how many prompts happened to begin in them, so what is compared is
+work per second: tokens emitted, and prompt tokens at what one takes in the first arm
+against a token emitted there (`prompt_weight` in the results).
 
 --out holds paired.json with every turn, the ratios (median over turns of the paired
 throughputs, and the 95% interval of that median from resampled turns), drafts made and
@@ -63,20 +66,22 @@ class Turn:
 
     Args:
         tokens: emitted.
+        prompt_tokens: of the requests that began.
         seconds: that it took.
         steps: engine steps, each with about C requests.
         drafted, verified: draft tokens made and verified.
     """
 
     tokens: int
+    prompt_tokens: int
     seconds: float
     steps: int
     drafted: int
     verified: int
 
-    @property
-    def throughput(self) -> float:
-        return self.tokens / self.seconds
+    def work_rate(self, prompt_weight: float) -> float:
+        """Tokens per second, a prompt token counted as so many."""
+        return (self.tokens + prompt_weight * self.prompt_tokens) / self.seconds
 
 
 class Engine:
@@ -99,7 +104,8 @@ class Engine:
             kv_cache_memory_bytes=int(args.kv_gib * 2**30),
             **own,
         ).llm_engine
-        self._open: dict[str, int] = {}
+        self._open: dict[str, int] = {}  # tokens emitted, by request
+        self._prompt_tokens: dict[str, int] = {}  # of those that emitted none yet
         self._next = 0
         self._tokenizer = self._engine.get_tokenizer()
 
@@ -112,9 +118,11 @@ class Engine:
             longest = answer_tokens(self._args.output_tokens, 0.5, self._next)
             name = f"{self._next}"
             self._next += 1
+            ids = self._ids(prompt)
+            self._prompt_tokens[name] = len(ids)
             self._engine.add_request(
                 name,
-                {"prompt_token_ids": self._ids(prompt)},
+                {"prompt_token_ids": ids},
                 SamplingParams(temperature=0.0, max_tokens=longest),
             )
             self._open[name] = 0
@@ -125,29 +133,33 @@ class Engine:
         )
         return ids
 
-    def step(self) -> int:
-        """One engine step; how many tokens it emitted."""
-        emitted = 0
+    def step(self) -> tuple[int, int]:
+        """One engine step; tokens emitted, and of prompts that were done with it."""
+        emitted = prompts = 0
         for output in self._engine.step():
             now = len(output.outputs[0].token_ids)
             emitted += now - self._open.get(output.request_id, 0)
+            prompts += self._prompt_tokens.pop(output.request_id, 0)
             self._open[output.request_id] = now
             if output.finished:
                 del self._open[output.request_id]
-        return emitted
+        return emitted, prompts
 
     def turn(self, load: int, at_least: int) -> Turn:
         """Serve until so many tokens are emitted."""
         drafted, verified = self._counts()
-        tokens = steps = 0
+        tokens = prompt_tokens = steps = 0
         start = time.perf_counter()
         while tokens < at_least:
             self.fill(load)
-            tokens += self.step()
+            emitted, prompts = self.step()
+            tokens += emitted
+            prompt_tokens += prompts
             steps += 1
         seconds = time.perf_counter() - start
         after = self._counts()
-        return Turn(tokens, seconds, steps, after[0] - drafted, after[1] - verified)
+        drafts = after[0] - drafted, after[1] - verified
+        return Turn(tokens, prompt_tokens, seconds, steps, *drafts)
 
     def _counts(self) -> tuple[int, int]:
         core = self._engine.engine_core.engine_core
@@ -160,6 +172,7 @@ class Engine:
         """Give up what is open."""
         self._engine.abort_request(list(self._open))
         self._open.clear()
+        self._prompt_tokens.clear()
         while self._engine.has_unfinished_requests():
             self._engine.step()
 
@@ -183,11 +196,30 @@ def measure(
     return turns
 
 
-def paired(one: Sequence[Turn], other: Sequence[Turn]) -> dict[str, float]:
+def prompt_weight(turns: Sequence[Turn]) -> float:
+    """What a prompt token takes, against a token emitted; 0 where turns do not say.
+
+    The slope of seconds over prompt tokens, both per token emitted: the median of the
+    slopes between all pairs of turns, which turns that were disturbed hardly move.
+    """
+    seconds = np.array([t.seconds / t.tokens for t in turns])
+    prompts = np.array([t.prompt_tokens / t.tokens for t in turns])
+    one, other = np.triu_indices(len(turns), 1)
+    apart = prompts[one] != prompts[other]
+    if not apart.any():
+        return 0.0
+    rise = (seconds[one] - seconds[other])[apart]
+    slope = max(float(np.median(rise / (prompts[one] - prompts[other])[apart])), 0.0)
+    emitted = float(np.median(seconds - slope * prompts))
+    return slope / emitted if emitted > 0 else 0.0
+
+
+def paired(
+    one: Sequence[Turn], other: Sequence[Turn], weight: float
+) -> dict[str, float]:
     """The median ratio of turns of the same moment, with a 95% interval of it."""
-    ratios = np.array(
-        [a.throughput / b.throughput for a, b in zip(one, other, strict=True)]
-    )
+    turns = zip(one, other, strict=True)
+    ratios = np.array([a.work_rate(weight) / b.work_rate(weight) for a, b in turns])
     random = np.random.default_rng(0)
     medians = np.median(random.choice(ratios, (SAMPLES, len(ratios))), axis=1)
     low, high = np.quantile(medians, (0.025, 0.975))
@@ -198,22 +230,25 @@ def summary(turns: dict[str, list[Turn]], load: int) -> dict[str, Any]:
     """Figures of one load: by arm, and the last arm against the best other one."""
     arms: dict[str, Any] = {}
     names = list(turns)
+    reference = turns[names[0]]
+    weight = prompt_weight(reference)
     for name, own in turns.items():
         per_step = load * sum(t.steps for t in own)
         arms[name] = {
-            "output_throughput": statistics.median(t.throughput for t in own),
-            "ratio": paired(own, turns[names[0]]),
+            "output_throughput": statistics.median(t.work_rate(0) for t in own),
+            "ratio": paired(own, reference, weight),
             "draft_length": sum(t.drafted for t in own) / per_step,
             "verify_length": sum(t.verified for t in own) / per_step,
             "turns": [asdict(t) for t in own],
         }
-    others = {n: arms[n]["output_throughput"] for n in names[:-1]}
-    best = max(others, key=others.__getitem__)
     last = turns[names[-1]]
+    against = {n: paired(last, turns[n], weight) for n in names[:-1]}
+    best = min(against, key=lambda n: against[n]["median"])
     return {
+        "prompt_weight": weight,
         "arms": arms,
-        "best_other": {"arm": best, **paired(last, turns[best])},
-        "against": {n: paired(last, turns[n]) for n in names[:-1]},
+        "best_other": {"arm": best, **against[best]},
+        "against": against,
     }
 
 

@@ -6,24 +6,43 @@ from pathlib import Path
 
 import paired_load
 import pytest
-from paired_load import Turn, paired, summary
+from paired_load import Turn, paired, prompt_weight, summary
 
 
 def turns(speeds: list[float], drafts: int = 0) -> list[Turn]:
-    return [Turn(100, 100 / speed, 10, drafts, drafts // 2) for speed in speeds]
+    return [Turn(100, 0, 100 / speed, 10, drafts, drafts // 2) for speed in speeds]
 
 
 def test_the_machine_cancels() -> None:
     """It wavers by a factor of three, and an arm is 10% faster at every moment."""
     machine = [10.0, 30.0, 15.0, 20.0, 12.0]
-    found = paired(turns([1.1 * s for s in machine]), turns(machine))
+    found = paired(turns([1.1 * s for s in machine]), turns(machine), 0.0)
     assert found == pytest.approx({"median": 1.1, "low": 1.1, "high": 1.1})
     with pytest.raises(ValueError, match="zip"):
-        paired(turns(machine), turns(machine[1:]))
+        paired(turns(machine), turns(machine[1:]), 0.0)
+
+
+def with_prompts(prompts: list[int], emitted: float) -> list[Turn]:
+    """A token takes so many seconds, one of a prompt a quarter of 0.1 s."""
+    return [Turn(100, p, 100 * emitted + 0.025 * p, 10, 0, 0) for p in prompts]
+
+
+def test_prompts_that_began_cancel() -> None:
+    """An arm emits a token in 0.08 s that takes the reference 0.1 s."""
+    reference = with_prompts([0, 90, 40, 200, 10, 120, 60], 0.1)
+    assert prompt_weight(reference) == pytest.approx(0.25)
+    disturbed = [*reference[:3], Turn(100, 90, 99.0, 10, 0, 0), *reference[3:]]
+    assert prompt_weight(disturbed) == pytest.approx(0.25, rel=0.1)
+    arm = with_prompts([100, 0, 150, 30, 80, 0, 70], 0.08)
+    found = paired(arm, reference, prompt_weight(reference))
+    assert 1.15 < found["low"] <= found["median"] <= found["high"] <= 1.25
+    without = paired(arm, reference, 0.0)
+    assert without["high"] - without["low"] > 2 * (found["high"] - found["low"])
+    assert prompt_weight(turns([10.0, 20.0])) == 0
 
 
 def test_the_interval_holds_the_median_of_what_was_seen() -> None:
-    found = paired(turns([9.0, 10.0, 11.0, 12.0, 13.0]), turns([10.0] * 5))
+    found = paired(turns([9.0, 10.0, 11.0, 12.0, 13.0]), turns([10.0] * 5), 0.0)
     assert 0.9 <= found["low"] < found["median"] == pytest.approx(1.1)
     assert found["median"] < found["high"] <= 1.3 + 1e-9
 

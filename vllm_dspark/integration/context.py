@@ -117,12 +117,14 @@ class ContextWriter:
             if new and first + ROWS_AT_ONCE >= len(places):
                 assert rows is not None
                 parts.append(rows)
-            if parts:
+            if len(parts) == 1:
+                self._write(*parts[0])
+            elif parts:
                 features, positions, slots = map(torch.cat, zip(*parts, strict=True))
                 self._write(features, positions, slots)
         seconds = time.perf_counter() - start
         self._kept.forget(places)
-        self._written += len(places)
+        self._count(len(places), 0)
         if not len(places):
             return 0.0
         self._row_seconds = seconds / (len(places) + new)
@@ -130,6 +132,10 @@ class ContextWriter:
 
     def _drop(self, places: np.ndarray) -> None:
         self._kept.forget(places)
-        self._dropped += len(places)
+        self._count(0, len(places))
+
+    def _count(self, written: int, dropped: int) -> None:
+        self._written += written
+        self._dropped += dropped
         if self._written + self._dropped > _WINDOW:
             self._written, self._dropped = self._written / 2, self._dropped / 2

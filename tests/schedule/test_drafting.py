@@ -227,6 +227,23 @@ def test_reasons_of_a_bypass_and_of_holding() -> None:
     assert choices[-1].reason is Reason.HOLD and choices[-1].positions == 0
 
 
+@pytest.mark.parametrize(("drafts", "length"), [(0.7, 0), (1.2, WIDTH)])
+def test_the_first_choice_by_predictions_comes_at_once(
+    drafts: float, length: int
+) -> None:
+    """What was drafted while nothing was known is nothing to hold on to."""
+    options = DraftingOptions(warmup_rounds=6)
+    drafting = Drafting(WIDTH, options)
+    facts = StepFacts(np.array([1.0, *np.linspace(1, drafts, WIDTH)]), 8, 2, 0.5)
+    chosen = [drafting.choose(facts) for _ in range(4 + options.hold)]
+    reasons = [choice.reason for choice in chosen]
+    assert (
+        reasons[:2] == [Reason.NO_HISTORY] * 2 and Reason.NO_HISTORY not in reasons[2:]
+    )
+    assert {c.positions for c in chosen[:2]} == {WIDTH}
+    assert {c.positions for c in chosen[2:6]} == {length}
+
+
 def test_goal_restricts_lengths() -> None:
     engine = Engine(0.7, DraftingOptions(warmup_rounds=1))
     engine.allowed = np.arange(WIDTH + 1) <= 2

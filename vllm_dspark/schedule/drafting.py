@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 
 # Intervals of exploring after which no position is tried where much seems to be gained.
 _SELDOM = 8
+# Log throughput, averaged, that drafting loses to a bypass.
+_LARGE_LOSS = 0.05
 # Steps of drafting at another load after which it is tried first: what a step without
 # drafts takes there was learned elsewhere, if at all.
 _EARLY = 6
@@ -130,6 +132,9 @@ class Drafting:
         self._seen += facts.rounds
         if facts.throughput is not None and self.starting:
             self.starting = self._starts(facts.hopeful)
+            if not self.starting and self._length > 0:
+                # What was guessed so far is no choice to hold on to.
+                self._since_change = 4 * self.options.hold
         if facts.throughput is None or self.starting:
             choice = DraftingChoice(self._length, Reason.NO_HISTORY)
         else:
@@ -168,9 +173,11 @@ class Drafting:
                 return self._probe()
             self._gain = gain  # the average is of what was believed before
         best = self._best(self._lengths(facts.allowed))
-        # Losses end soon; that choices do not last is for the next drafting to wait.
+        # Losses end soon, large ones at once; that choices do not last is for the next
+        # drafting to wait.
         hold = self.options.hold if best == 0 else self._hold
-        free = self._since_change >= hold
+        loses = best == 0 and self._gain[self._length] < -_LARGE_LOSS
+        free = loses or self._since_change >= hold
         if best != self._length and free and self._worth(best, facts):
             self._change(best)
         elif self._length == 0 and self._probes.due(jumped):

@@ -26,6 +26,9 @@ from tests.integration.engine import Engine, engine
 from tests.integration.oracle.history import Oracle
 from tests.integration.recorder import drive, greedy, prompt, recording
 from tests.tiny import make_tiny_drafter
+from vllm_dspark.integration import upkeep
+from vllm_dspark.integration.context import ContextWriter
+from vllm_dspark.model.checkpoint import load_config
 from vllm_dspark.schedule import planner
 from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.cost_file import CostFile, CostKey, write
@@ -137,10 +140,30 @@ def test_the_text_is_that_without_speculation(
     assert len(controller.survival) == 0  # ended requests are forgotten
 
 
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("kept", [None, 48, 0])
 def test_drafts_after_a_bypass_are_those_of_a_drafter_that_never_paused(
-    pair: tuple[Path, Path], plain: list[list[int]], tmp_path: Path
+    pair: tuple[Path, Path],
+    plain: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: int | None,
+    caching: bool,
 ) -> None:
-    lengths = itertools.cycle([5, 0, 0, 3, 0, 1, 5, 2, 0, 0, 0, 4])
+    """Whether all, some or none of the context may wait for a draft that reads it."""
+    if kept is not None:
+        row_bytes = 4 * load_config(pair[1]).feature_size
+        monkeypatch.setattr(upkeep, "KEPT_BYTES", kept * row_bytes)
+    dropped: list[int] = []
+    forget = ContextWriter._drop
+    monkeypatch.setattr(
+        ContextWriter,
+        "_drop",
+        lambda self, places: dropped.append(len(places)) or forget(self, places),
+    )
+    # Requests end, and others come, in a long bypass.
+    first = [5, 0, 0, 3, 0, 1, 1, 5, 2, 0, 0, 0, 4]
+    lengths = itertools.cycle([*first, *[0] * 20, *first, *first])
     skipped = itertools.cycle([0, 2, 0, 1])
 
     def turns(batch: Any) -> DraftPlan:
@@ -148,15 +171,22 @@ def test_drafts_after_a_bypass_are_those_of_a_drafter_that_never_paused(
         return DraftPlan(next(lengths), Reason.PAYS, skip)
 
     table = cost_table(tmp_path, free)
+    settings = {"block_size": BLOCK, "max_num_batched_tokens": 50}
+    settings["enable_prefix_caching"] = caching
     with (
-        adaptive(pair, table, block_size=BLOCK, max_num_batched_tokens=50) as eng,
+        adaptive(pair, table, **settings) as eng,
         recording(eng.runner) as record,
     ):
         eng.scheduler.controller.draft = turns
         texts = drive(eng, ARRIVALS)
+        waiting = eng.runner.drafter.context.rows
     assert [t.tokens for t in texts] == plain
+    if kept is not None:
+        assert waiting <= kept
+    if kept == 48 and not caching:  # what a prefix cache holds may yet be read
+        assert sum(dropped) > 5
     tally = Oracle(*pair).check(record, texts, every_round=False)
-    assert tally.blocks > 40
+    assert tally.blocks > 20
     assert {len(b.drafts) for b in record.blocks} == {1, 2, 3, 4, 5}
 
 

@@ -161,9 +161,10 @@ def test_drafts_after_a_bypass_are_those_of_a_drafter_that_never_paused(
         "_drop",
         lambda self, places: dropped.append(len(places)) or forget(self, places),
     )
-    # Requests end, and others come, in a long bypass.
-    first = [5, 0, 0, 3, 0, 1, 1, 5, 2, 0, 0, 0, 4]
-    lengths = itertools.cycle([*first, *[0] * 20, *first, *first])
+    some = [5, 0, 0, 3, 0, 1, 5, 2, 0, 0, 0, 4]
+    if kept == 48:  # requests end, and others come, in a long bypass
+        some = [*some, 1, *[0] * 20, *some, 1, *some]
+    lengths = itertools.cycle(some)
     skipped = itertools.cycle([0, 2, 0, 1])
 
     def turns(batch: Any) -> DraftPlan:
@@ -186,7 +187,7 @@ def test_drafts_after_a_bypass_are_those_of_a_drafter_that_never_paused(
     if kept == 48 and not caching:  # what a prefix cache holds may yet be read
         assert sum(dropped) > 5
     tally = Oracle(*pair).check(record, texts, every_round=False)
-    assert tally.blocks > 20
+    assert tally.blocks > (20 if kept == 48 else 40)
     assert {len(b.drafts) for b in record.blocks} == {1, 2, 3, 4, 5}
 
 

@@ -25,6 +25,7 @@ Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 ROWS_AT_ONCE = 512
 # Rows that the shares of written ones are counted over, about.
 _WINDOW = 16384
+_NONE = np.empty(0, dtype=np.int64)
 
 
 class ContextWriter:
@@ -65,14 +66,15 @@ class ContextWriter:
             read: blocks that this step's drafts read; None: nothing is drafted, and
                 the rows may wait.
         """
+        if read is not None and not self.rows:  # the usual case where drafts pay
+            self._owed = -self._write_all(_NONE, rows)
+            return
         slots = rows[2].cpu().numpy()
         self._drop(self._kept.of_slots(slots))
         if read is None and 0 < self._kept.capacity >= len(slots):
             self._put_off(rows, slots)
             return
-        earlier = np.empty(0, dtype=np.int64)
-        if read is not None and self.rows:
-            earlier = self._kept.of_blocks(read)
+        earlier = _NONE if read is None else self._kept.of_blocks(read)
         self._owed = -self._write_all(earlier, rows)
 
     def take_owed(self) -> float:

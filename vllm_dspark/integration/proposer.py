@@ -145,12 +145,12 @@ class DSparkProposer(DFlashProposer):
             _valid_rows(tokens), features, positions, attention
         )
         read = None
-        if drafts:
-            table = attention.block_table_tensor
-            read = blocks_read(table, rows, anchor_positions[rows], self.block_size)
-        elif self.muted:
+        if drafts or self.muted:
             # While steps are timed, what was put off would be missing from the times.
             read = np.empty(0, dtype=np.int64)
+        if drafts and self.context.rows:
+            table = attention.block_table_tensor
+            read = blocks_read(table, rows, anchor_positions[rows], self.block_size)
         self.context.add(context, read)
         if not drafts:
             return None

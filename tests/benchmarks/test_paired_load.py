@@ -6,7 +6,7 @@ from pathlib import Path
 
 import paired_load
 import pytest
-from paired_load import Turn, paired, prompt_weight, summary
+from _paired_turns import Turn, paired, prompt_weight, summary
 
 
 def turns(speeds: list[float], drafts: int = 0) -> list[Turn]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import _bench_common as common
+from _full_head import with_lm_head
 
 from vllm_dspark.cli.arms import ask, connect, geometric_mean, speculation_between
 from vllm_dspark.cli.server import Server, speculative_arguments
@@ -23,9 +24,13 @@ WITHOUT_PLUGIN = {"VLLM_PLUGINS": ""}
 LOG_LINES = 60
 
 
-def arms_of(drafter: str, positions: int | None) -> dict[str, dict[str, Any]]:
+def arms_of(
+    drafter: str, positions: int | None, attention: str | None = None
+) -> dict[str, dict[str, Any]]:
     """Speculative config, our options and environment of each arm."""
     spec: dict[str, Any] = {"method": "dspark", "model": drafter}
+    if attention is not None:
+        spec["attention_backend"] = attention
     if positions is not None:
         spec["num_speculative_tokens"] = positions
     adaptive = {**spec, "enable_adaptive_verification": True}
@@ -64,7 +69,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         from vllm_dspark.cli.demo import find_drafter
 
         target, drafter = str(demo_target.prepare(print)), str(find_drafter(None))
-    every = arms_of(drafter, arguments.num_speculative_tokens)
+    whole = Path(arguments.logs) / "drafter"
+    drafter = str(with_lm_head(Path(drafter), Path(target), whole))
+    attention = arguments.drafter_attention
+    every = arms_of(drafter, arguments.num_speculative_tokens, attention)
     chosen = {name: every[name] for name in arguments.arms}
     found: dict[str, Any] = {}
     texts: dict[str, list[list[int]]] = {}

@@ -122,6 +122,11 @@ def parse() -> argparse.Namespace:
         metavar="'...'",
         help="further arguments of every arm's `vllm serve`",
     )
+    add(
+        "--drafter-attention",
+        metavar="BACKEND",
+        help="vLLM's attention backend of the drafters (default: vLLM chooses)",
+    )
     add("--at-once", action="store_true", help="all servers live, asked in turns")
     add("--rounds", type=int, default=3, help="of all arms, with --at-once")
     add("--arm-seconds", type=float, default=1200.0, help="limit of one arm's server")

@@ -14,7 +14,13 @@ import _gpu_kernels as kernels
 import gpu_check
 import pytest
 import torch
+from _full_head import with_lm_head
 from bench_sequential import random_head
+from safetensors.torch import load_file
+
+from tests.tiny import make_tiny_drafter, make_tiny_target
+from vllm_dspark.model.checkpoint import LM_HEAD, load_state
+from vllm_dspark.model.vocab_maps import draft_to_target_ids
 
 
 @pytest.fixture
@@ -118,10 +124,34 @@ def test_arms_differ_in_what_they_are_about() -> None:
     assert len(arms.questions()) == 12
 
 
+def test_an_attention_backend_is_that_of_every_drafter() -> None:
+    found = arms.arms_of("DRAFTER", None, "TRITON_ATTN")
+    specs = [arm["spec"] for name, arm in found.items() if name != "none"]
+    assert {spec["attention_backend"] for spec in specs} == {"TRITON_ATTN"}
+
+
+def test_a_drafter_for_vllm_alone_has_the_targets_rows(tmp_path: Path) -> None:
+    target = make_tiny_target(tmp_path / "target", dtype=torch.bfloat16)
+    drafter = make_tiny_drafter(
+        tmp_path / "drafter", target, draft_vocab_size=64, dtype=torch.bfloat16
+    )
+    state = load_state(drafter)
+    assert LM_HEAD not in state
+    whole = with_lm_head(drafter, target, tmp_path / "whole")
+    assert with_lm_head(whole, target, tmp_path / "unused") == whole
+    assert not (tmp_path / "unused").exists()
+    found = load_state(whole)
+    ids = draft_to_target_ids(state["d2t"]).long()
+    head = load_file(target / "model.safetensors")[LM_HEAD]
+    assert torch.equal(found.pop(LM_HEAD), head[ids])
+    assert found.keys() == state.keys()
+
+
 def settings(tmp_path: Path, **changes: Any) -> Any:
     values = {
         "target": "T",
         "drafter": "D",
+        "drafter_attention": None,
         "num_speculative_tokens": None,
         "arms": list(arms.arms_of("", None)),
         "logs": tmp_path,
@@ -133,6 +163,12 @@ def settings(tmp_path: Path, **changes: Any) -> Any:
         "rounds": 2,
     }
     return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.fixture(autouse=True)
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target and drafter of `settings` are names only."""
+    monkeypatch.setattr(arms, "with_lm_head", lambda drafter, target, out: drafter)
 
 
 class FakeServer:

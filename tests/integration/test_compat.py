@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import vllm_dspark
+from tests.integration.subprocesses import run_python
 
 PACKAGE = Path(vllm_dspark.__file__).parent / "integration"
 
@@ -81,6 +82,31 @@ def test_a_missing_symbol_is_named(
         ).create_engine_config()
     assert path in str(error.value)
     assert all(p in str(error.value) for p in params or ())
+
+
+_ELSEWHERE = """
+import importlib, json, pkgutil, sys
+import vllm_dspark.integration as package
+from vllm_dspark.integration import compat
+
+compat._on_cpu = lambda: False
+rows = [*compat.symbol_report(), *compat.symbol_report_v2()]
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if not module.name.endswith(".cpu_worker"):
+        importlib.import_module(module.name)
+print(json.dumps({
+    "bad": [row.symbol for row in rows if not row.ok],
+    "skipped": [row.symbol for row in rows if row.found == "not looked for"],
+    "cpu": [name for name in sys.modules if name.startswith("vllm.v1.worker.cpu")],
+}))
+"""
+
+
+def test_nothing_of_the_cpu_worker_is_imported_where_there_is_none() -> None:
+    """Importing it puts host memory in the place of a GPU's buffers (V2 runner)."""
+    result = run_python(_ELSEWHERE, start="fresh")
+    assert result["bad"] == [] == result["cpu"]
+    assert "vllm.v1.worker.cpu_worker:CPUWorker.init_device" in result["skipped"]
 
 
 def vllm_imports(source: str) -> Iterator[tuple[str, str]]:

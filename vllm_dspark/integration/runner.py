@@ -25,7 +25,6 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_dspark.integration import thinking, uniforms
@@ -259,10 +258,6 @@ class DSparkRunnerMixin:
 def _no_drafts(num_reqs: int, device: torch.device) -> SpecDecodeMetadata:
     """Metadata of a step in which every request has ℓ = 0."""
     return SpecDecodeMetadata.make_dummy([[] for _ in range(num_reqs)], device)
-
-
-class DSparkCPUModelRunner(DSparkRunnerMixin, CPUModelRunner):
-    """The V1 runner of the CPU wheels with DSpark."""
 
 
 class DSparkGPUModelRunner(DSparkRunnerMixin, GPUModelRunner):

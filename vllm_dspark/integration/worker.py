@@ -1,4 +1,4 @@
-"""Workers that build our model runner; otherwise vLLM's own."""
+"""Workers that build our model runner; otherwise vLLM's own (CPU: `cpu_worker`)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import vllm.v1.worker.cpu_worker as cpu_worker
 import vllm.v1.worker.gpu_model_runner as gpu_model_runner
 import vllm.v1.worker.gpu_worker as gpu_worker
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_dspark.integration.config import EXECUTOR_CLS, options
 from vllm_dspark.integration.profiling import StepTimer
 from vllm_dspark.integration.report import StepReport, give_report
 from vllm_dspark.integration.reporting import CostReporting
-from vllm_dspark.integration.runner import DSparkCPUModelRunner, DSparkGPUModelRunner
+from vllm_dspark.integration.runner import DSparkGPUModelRunner
 from vllm_dspark.integration.say import log_like_vllm
-from vllm_dspark.ops import extension_native
 
 
 @contextmanager
-def _swapped(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+def swapped(module: ModuleType, name: str, value: Any) -> Iterator[None]:
     """``module.name`` is ``value`` inside the block.
 
     vLLM's workers name their runner class in the body of ``init_device``, which has
@@ -38,15 +35,7 @@ def _swapped(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _require_kernels(backend: str) -> None:
-    """RuntimeError now for a stale or missing build, not with the first request."""
-    if backend == "native":
-        extension_native.require()
-    elif backend == "auto":
-        extension_native.load()
-
-
-class _ReportingWorker(CostReporting):
+class ReportingWorker(CostReporting):
     """What both workers add: a report with every output, the costs with the first."""
 
     _one_message = False
@@ -83,23 +72,10 @@ class _ReportingWorker(CostReporting):
         return output
 
 
-class DSparkCPUWorker(_ReportingWorker, cpu_worker.CPUWorker):
-    """CPU worker with DSpark on the V1 runner."""
-
-    def init_device(self) -> None:
-        log_like_vllm()
-        _require_kernels(options(self.vllm_config).backend)
-        with _swapped(cpu_worker, "CPUModelRunner", DSparkCPUModelRunner):
-            super().init_device()
-        backend = self.parallel_config.distributed_executor_backend
-        # Otherwise the executor asks for the drafts, and for each part of a step.
-        self._one_message = backend == EXECUTOR_CLS
-
-
-class DSparkGPUWorker(_ReportingWorker, gpu_worker.Worker):
+class DSparkGPUWorker(ReportingWorker, gpu_worker.Worker):
     """GPU worker with DSpark on the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0)."""
 
     def init_device(self) -> None:
         log_like_vllm()
-        with _swapped(gpu_model_runner, "GPUModelRunner", DSparkGPUModelRunner):
+        with swapped(gpu_model_runner, "GPUModelRunner", DSparkGPUModelRunner):
             super().init_device()

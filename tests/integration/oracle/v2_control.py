@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from tests.integration.engine import Engine, engine  # noqa: E402
-from tests.integration.oracle.v2_features import LORA, adapted, pressed  # noqa: E402
+from tests.integration.oracle.v2_features import LORA, adapted, pressed, warmed  # noqa: E402
 from tests.integration.oracle.v2_gemma import gemma  # noqa: E402
 from tests.integration.oracle.v2_scenes import (  # noqa: E402
     ARRIVALS,
@@ -94,6 +94,7 @@ def on_device(folder: Path) -> dict[str, Any]:
             "bypass": bypass(eng),
             "trims": trims(eng),
             "pressed": pressed(eng),
+            "warmed": warmed(eng),
         }
 
 

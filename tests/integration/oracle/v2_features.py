@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.integration.engine import Engine
 from tests.integration.oracle.v2_scenes import regime
-from tests.integration.recorder import greedy, prompt
+from tests.integration.recorder import drive, greedy, prompt
 from tests.integration.test_adaptive import jagged
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
@@ -71,4 +71,25 @@ def adapted(eng: Engine, folder: Path) -> dict[str, Any]:
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "trimmed": controller and controller.totals.trimmed,
         "verified": controller and controller.totals.verified,
+    }
+
+
+def warmed(eng: Engine) -> dict[str, Any]:
+    """Texts after vLLM's warm-up, which GPUs have: it takes our verification away.
+
+    Greedy: the interpreter lacks what its kernels of penalties use.
+    """
+    from unittest.mock import patch
+
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    core = eng.llm.llm_engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker.worker
+    params = SamplingParams(temperature=0, max_tokens=50)
+    with patch.object(SamplingParams, "for_sampler_warmup", lambda: params):
+        warmup_kernels(eng.runner, worker.execute_model, worker.sample_tokens)
+    return {
+        "manager": type(eng.runner.adaptive_verification).__name__,
+        "texts": [t.tokens for t in drive(eng, [(0, prompt(5), greedy(12))])],
     }

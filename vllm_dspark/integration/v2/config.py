@@ -23,11 +23,11 @@ from vllm_dspark.ops.rejection import METHODS
 
 logger = logging.getLogger("vllm_dspark")
 
-_WORKER = "vllm_dspark.integration.v2.worker."
+_V2 = "vllm_dspark.integration.v2."
 # What vLLM's platforms put there when the user named no worker class.
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": _WORKER + "DSparkV2CPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": _WORKER + "DSparkV2GPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": _V2 + "cpu_worker.DSparkV2CPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": _V2 + "worker.DSparkV2GPUWorker",
 }
 # Of our options, those of the V1 runner only.
 _NOT_SERVED = ("backend", "trace")

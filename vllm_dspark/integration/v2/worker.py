@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import vllm.v1.worker.cpu_worker as cpu_worker
 import vllm.v1.worker.gpu_worker as gpu_worker
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
@@ -19,7 +18,7 @@ from vllm_dspark.integration.v2.profiling import V2StepTimer
 from vllm_dspark.integration.v2.trims import Trims, trims_of
 
 
-class _ExtendingWorker(CostReporting):
+class ExtendingWorker(CostReporting):
     """What both add: our speculator and verification, in place before the runner is
     built, our rejection kernel once it has its sampler, and a report with every output.
     """
@@ -48,11 +47,21 @@ class _ExtendingWorker(CostReporting):
     def _wants_costs(self) -> bool:
         return self._trims is not Trims.NOT_OURS and super()._wants_costs()
 
+    @property
+    def _follows(self) -> bool:
+        """Whether our parts follow a step.
+
+        Not those of vLLM's warm-up, which takes the verification on the device away.
+        """
+        if self._trims is Trims.DEVICE:
+            return self.model_runner.adaptive_verification is not None  # type: ignore[attr-defined]
+        return self._trims is not Trims.NOT_OURS
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run the model, within the step's budget."""
         if self._lora is not None:
             self._lora.step(scheduler_output)
-        if self._trims is not Trims.NOT_OURS:
+        if self._follows:
             runner, plan = self.model_runner, take_plan(scheduler_output)
             runner.speculator.meter.step(plan.number)
             if self._trims is Trims.DEVICE:
@@ -62,7 +71,7 @@ class _ExtendingWorker(CostReporting):
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample and draft; a report leaves with the output."""
         runner = self.model_runner  # type: ignore[attr-defined]
-        if self._trims is Trims.NOT_OURS:
+        if not self._follows:
             return super().sample_tokens(grammar_output)  # type: ignore[misc]
         meter = runner.speculator.meter
         before, lens = meter.drafted, None
@@ -88,9 +97,5 @@ class _ExtendingWorker(CostReporting):
         )
 
 
-class DSparkV2CPUWorker(_ExtendingWorker, cpu_worker.CPUWorker):
-    """CPU worker with the V2 runner extended."""
-
-
-class DSparkV2GPUWorker(_ExtendingWorker, gpu_worker.Worker):
+class DSparkV2GPUWorker(ExtendingWorker, gpu_worker.Worker):
     """GPU worker with the V2 runner extended."""

@@ -5,7 +5,7 @@ in blocks: once for a greedy choice, twice for the maximum and the normaliser of
 random one, and once more where a token is drawn. With TRITON_INTERPRET=1, set before
 triton is imported, the same kernel runs on CPU tensors.
 
-Run in the interpreter and compiled ahead of time; never run on a GPU.
+Run in the interpreter and compiled ahead of time; no result from a GPU is on record.
 """
 
 # Kernels are no Python functions: their arguments have no Python types.

@@ -12,8 +12,8 @@ logits (float32) for the draw to read one block of; see ``benchmarks/aot_report.
 
 Nothing here reads a value on the host, and every shape follows from the arguments'
 shapes, so that a call can be captured in a CUDA graph; `Buffers` made once keep their
-addresses. Run in Triton's interpreter and compiled for sm_80, sm_90, sm_100 and gfx942;
-never run on a GPU.
+addresses. Run in Triton's interpreter and on an H200 (``results/gpu-h200.json``), and
+compiled for sm_80, sm_90, sm_100 and gfx942.
 """
 
 from collections.abc import Callable

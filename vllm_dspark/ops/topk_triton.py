@@ -4,7 +4,7 @@ One Triton program per row. The k-th largest value is found eight bits at a time
 radix select: four passes, two for bfloat16), one more pass writes the ids. Reads
 ``passes + 1`` times the row, which stays in L2 after the first.
 
-Run in Triton's interpreter and compiled ahead of time; never run on a GPU.
+Run in Triton's interpreter and on an H200, and compiled ahead of time.
 """
 
 # Kernels are no Python functions: their arguments have no Python types.

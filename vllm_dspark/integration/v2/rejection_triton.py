@@ -8,8 +8,10 @@ that the tokens are vLLM's: the two differ only where a comparison of float32 nu
 hangs on their last bits, for vLLM compares logarithms.
 
 One program walks over one request's rows and stops at the first rejection, or for block
-verification where nothing longer can be accepted. Run in the interpreter and compiled
-ahead of time; never run on a GPU.
+verification where nothing longer can be accepted. Run in the interpreter, compiled
+ahead of time, and on an H200 (``results/gpu-h200.json``): tokens as vLLM's, and slower
+than vLLM's kernels where many requests or a large vocabulary would need more than one
+program a request.
 """
 
 # Kernels are no Python functions: their arguments have no Python types.

@@ -19,6 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # What takes minutes in `make test-all`, longest first.
 LONG_FILES = (
     "integration/test_v2_control.py",
+    "integration/test_v2_distribution.py",
     "integration/test_sampled_distribution.py",
     "integration/test_lossless_demo.py",
     "integration/test_v2_adapter.py",

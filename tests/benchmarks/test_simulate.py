@@ -306,7 +306,9 @@ def test_acceptance_of_an_evaluation() -> None:
         assert theirs.conditional == pytest.approx(data.conditional, abs=1e-3)
         assert theirs.excess == pytest.approx(data.excess, abs=1e-3)
         # The mean of rounds is the product of the positions' conditional rates.
-        rounds = json.loads((benchmarks / "results" / "evaluate-first.json").read_text())
+        rounds = json.loads(
+            (benchmarks / "results" / "evaluate-first.json").read_text()
+        )
         tau = rounds["datasets"][name]["tau"]
         assert data.tau == pytest.approx(tau, rel=0.01)
     with pytest.raises(ValueError, match="no rounds at temperature"):

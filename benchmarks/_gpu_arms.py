@@ -69,11 +69,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         from vllm_dspark.cli.demo import find_drafter
 
         target, drafter = str(demo_target.prepare(print)), str(find_drafter(None))
-    whole = Path(arguments.logs) / "drafter"
-    drafter = str(with_lm_head(Path(drafter), Path(target), whole))
     attention = arguments.drafter_attention
     every = arms_of(drafter, arguments.num_speculative_tokens, attention)
     chosen = {name: every[name] for name in arguments.arms}
+    for arm in chosen.values():
+        if "environment" in arm:  # vLLM alone
+            out = Path(arguments.logs) / "drafter"
+            whole = with_lm_head(Path(drafter), Path(target), out)
+            arm["spec"] = {**arm["spec"], "model": str(whole)}
     found: dict[str, Any] = {}
     texts: dict[str, list[list[int]]] = {}
     if arguments.at_once:

@@ -244,6 +244,23 @@ def test_arguments_for_every_server_come_last(
     assert list(found) == chosen.arms and found["none"]["log"] == []
 
 
+def test_only_vllm_alone_gets_the_drafter_with_a_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ours is served as it is, with its calibration."""
+    models = {}
+
+    def server(target: str, options: list[str], log: Path, environment: Any) -> Any:
+        spec = json.loads(options[options.index("--speculative-config") + 1])
+        models[log.stem] = spec["model"]
+        raise ValueError("no server here")
+
+    monkeypatch.setattr(arms, "Server", server)
+    monkeypatch.setattr(arms, "with_lm_head", lambda drafter, target, out: "WHOLE")
+    arms.measure(settings(tmp_path, arms=["vllm adaptive", "dspark adaptive"]))
+    assert models == {"vllm-adaptive": "WHOLE", "dspark-adaptive": "D"}
+
+
 class Stoppable:
     """A server that can only be stopped."""
 

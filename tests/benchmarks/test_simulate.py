@@ -298,7 +298,8 @@ def test_validation_recovers_the_overhead_it_was_made_with() -> None:
 
 def test_acceptance_of_an_evaluation() -> None:
     benchmarks = Path(simulate.__file__).parent
-    found = acceptance.read(benchmarks / "results" / "evaluate-first.json", 0.0)
+    file = benchmarks / "results" / "evaluate-first.json"
+    found = acceptance.read(file, 0.0)
     ours = acceptance.read(benchmarks / "data" / "smollm2-135m-dspark.json")
     assert found.width == ours.width == WIDTH
     for name, data in ours.datasets.items():
@@ -306,13 +307,11 @@ def test_acceptance_of_an_evaluation() -> None:
         assert theirs.conditional == pytest.approx(data.conditional, abs=1e-3)
         assert theirs.excess == pytest.approx(data.excess, abs=1e-3)
         # The mean of rounds is the product of the positions' conditional rates.
-        rounds = json.loads(
-            (benchmarks / "results" / "evaluate-first.json").read_text()
-        )
+        rounds = json.loads(file.read_text())
         tau = rounds["datasets"][name]["tau"]
         assert data.tau == pytest.approx(tau, rel=0.01)
     with pytest.raises(ValueError, match="no rounds at temperature"):
-        acceptance.read(benchmarks / "results" / "evaluate-first.json", 0.5)
+        acceptance.read(file, 0.5)
 
 
 def test_the_command(tmp_path: Path) -> None:

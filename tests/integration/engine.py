@@ -56,10 +56,15 @@ class Engine:
         return [list(o.outputs[0].token_ids) for o in outputs]
 
     @property
+    def worker(self) -> Any:
+        """The worker, in this process."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker
+
+    @property
     def runner(self) -> Any:
         """The model runner, in this process."""
-        core = self.llm.llm_engine.engine_core.engine_core
-        return core.model_executor.driver_worker.worker.model_runner
+        return self.worker.model_runner
 
     @property
     def scheduler(self) -> Any:

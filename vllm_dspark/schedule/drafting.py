@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 
 # Intervals of exploring after which no position is tried where much seems to be gained.
 _SELDOM = 8
+# Holds after which a choice has lasted.
+_LASTING = 4
 # Log throughput, averaged, that drafting loses to a bypass.
 _LARGE_LOSS = 0.05
 # Steps of drafting at another load after which it is tried first: what a step without
@@ -134,7 +136,7 @@ class Drafting:
             self.starting = self._starts(facts.hopeful)
             if not self.starting and self._length > 0:
                 # What was guessed so far is no choice to hold on to.
-                self._since_change = 4 * self.options.hold
+                self._since_change = _LASTING * self.options.hold
         if facts.throughput is None or self.starting:
             choice = DraftingChoice(self._length, Reason.NO_HISTORY)
         else:
@@ -275,7 +277,7 @@ class Drafting:
     def _change(self, length: int) -> None:
         """Take another length; choices that do not last make the next last longer."""
         options = self.options
-        short = self._since_change < 4 * self._hold
+        short = self._since_change < _LASTING * self._hold
         self._hold = min(2 * self._hold, options.max_hold) if short else options.hold
         if length == 0:
             self._probes.bypassing(self._steps - self._opened)

@@ -1,7 +1,7 @@
 """Draws many short texts on vLLM's V2 runner, with drafts that are trimmed.
 
 ``python -m tests.integration.oracle.v2_draws FOLDER OUT.json``: a process of its own,
-as `v2_run`. FOLDER holds the target and the drafter. Costs are made up, so that some
+as `v2_run`. FOLDER holds the target, the drafter and made-up costs, by which some
 drafts are verified and some trimmed.
 """
 
@@ -19,7 +19,6 @@ v2_patches.install()
 from tests.integration.engine import Engine, engine  # noqa: E402
 from tests.integration.oracle.sizes import DRAWS, LENGTH, NUMBER, PROMPT  # noqa: E402
 from tests.integration.oracle.v2_scenes import SAMPLED  # noqa: E402
-from tests.integration.test_adaptive import table_of  # noqa: E402
 
 SIZES = {
     "max_num_seqs": 64,
@@ -29,17 +28,11 @@ SIZES = {
 }
 
 
-def stairs(tokens: int) -> float:
-    """Likely drafts are worth their step, the others are not."""
-    return 0.1 + 0.004 * (tokens // 64)
-
-
 def draws(eng: Engine) -> dict[str, Any]:
     """Texts by setting, neighbours in a batch from different ones; what was trimmed."""
     from vllm import SamplingParams
 
-    controller = eng.scheduler.controller = eng.scheduler._build()
-    controller.price(table_of(stairs))
+    controller = eng.scheduler.controller
     controller.timed = lambda *args: None
     params = [
         SamplingParams(max_tokens=LENGTH + 1, ignore_eos=True, detokenize=False, **s)

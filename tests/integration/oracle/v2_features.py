@@ -87,8 +87,7 @@ def warm_up(eng: Engine) -> str:
     from vllm import SamplingParams
     from vllm.v1.worker.gpu.warmup import warmup_kernels
 
-    core = eng.llm.llm_engine.engine_core.engine_core
-    worker = core.model_executor.driver_worker.worker
+    worker = eng.worker
     params = SamplingParams(temperature=0, max_tokens=50)
     with patch.object(SamplingParams, "for_sampler_warmup", lambda: params):
         warmup_kernels(eng.runner, worker.execute_model, worker.sample_tokens)

@@ -279,6 +279,10 @@ def test_wrong_values_are_refused() -> None:
             DraftingOptions(**{name: -1})
     with pytest.raises(ValueError, match="max_hold 4"):
         DraftingOptions(max_hold=4)
+    with pytest.raises(ValueError, match="max_explore_interval 15: .* at least the min"):
+        DraftingOptions(max_explore_interval=15)
+    with pytest.raises(ValueError, match="explore_share 0"):
+        DraftingOptions(explore_share=0)
     with pytest.raises(ValueError, match="load_factor 1"):
         DraftingOptions(load_factor=1)
     with pytest.raises(ValueError, match=r"hopeful_rate 1\.1"):
@@ -287,17 +291,27 @@ def test_wrong_values_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("gain", "bypass", "none"),
-    [(1.1, True, 20), (1.1, False, 0), (1.5, True, 2), (1.5, False, 0)],
+    [
+        (1.04, True, 60),  # every 31 steps
+        (1.1, True, 24),  # every 76
+        (1.5, True, 6),  # every 324
+        (9.0, True, 2),  # every 768
+        (1.04, False, 0),
+        (1.5, False, 0),
+    ],
 )
 def test_lengths_not_chosen_are_looked_at(gain: float, bypass: bool, none: int) -> None:
-    """All positions, two of 96 steps; none as often, or seldom if much is gained."""
-    drafting = Drafting(WIDTH, DraftingOptions(bypass=bypass))
+    """All positions, two of 96 steps; none the oftener the less drafting gains."""
+    options = DraftingOptions(bypass=bypass, average=1)
+    drafting = Drafting(WIDTH, options)
     promised = np.array([1.0, 1.0, gain] + [1.0] * (WIDTH - 2))
     facts = StepFacts(promised, 8, 8, 0.7)
     choices = [drafting.choose(facts) for _ in range(1000)]
     settled = choices[len(choices) - 960 :]
     lengths = [c.positions for c in settled]
-    assert lengths.count(WIDTH) == 20 and none <= lengths.count(0) <= 2 * none
+    assert lengths.count(WIDTH) == 20 and abs(lengths.count(0) - none) <= 2
+    lost = lengths.count(0) * np.log(gain) / len(lengths)
+    assert lost <= 1.2 * options.explore_share or gain == 9
     assert lengths.count(2) == 960 - lengths.count(WIDTH) - lengths.count(0)
     assert all(c.reason is Reason.PROBE for c in settled if c.positions != 2)
     assert drafting.changes == 1

@@ -21,19 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.schedule.drafting_options import DraftingOptions
+from vllm_dspark.schedule.other_lengths import OtherLengths
 from vllm_dspark.schedule.probing import Probes
 
 Floats = NDArray[np.float64]
 
-# Intervals of exploring after which no position is tried where much seems to be gained.
-_SELDOM = 8
 # Holds after which a choice has lasted.
 _LASTING = 4
 # Log throughput, averaged, that drafting loses to a bypass.
 _LARGE_LOSS = 0.05
-# Steps of drafting at another load after which it is tried first: what a step without
-# drafts takes there was learned elsewhere, if at all.
-_EARLY = 6
 
 
 class Reason(StrEnum):
@@ -115,8 +111,7 @@ class Drafting:
         self._hold = self.options.hold
         self._probes = Probes(self.options)
         self._probe_length = 1
-        self._drafting = 0  # steps since drafting began
-        self._bypassed = False  # at this load, so that its steps alone are known
+        self._others = OtherLengths(width, self.options)
         self.starting = True  # predictions are not believed yet
 
     @property
@@ -164,8 +159,7 @@ class Drafting:
         jumped = self._jumped(facts.requests)
         if jumped:  # averages and caution belong to the load that was
             self._gain, self._hold = gain, self.options.hold
-            self._drafting = 0  # nor is known what this one's steps take
-            self._bypassed = False
+            self._others.jumped()
         else:
             self._gain = self._gain + (gain - self._gain) / self.options.average
         if self._probes.running:
@@ -186,42 +180,17 @@ class Drafting:
             self._probe_length = 1 + int(np.argmax(self._gain[1:]))
             self._probes.start(float(gain[1:].max()))
             return self._probe()
-        explored = self._explores()
-        if explored is not None:
-            return DraftingChoice(explored, Reason.PROBE)
+        if self._length == 0:
+            self._others.bypassing()
+        else:
+            other = self._others.next(self._length, float(self._gain[self._length]))
+            if other is not None:
+                return DraftingChoice(other, Reason.PROBE)
         return DraftingChoice(self._length, self._reason(facts, best))
 
     def _probe(self) -> DraftingChoice:
         most = self.options.probe_rounds
         return DraftingChoice(self._probe_length, Reason.PROBE, most)
-
-    def _explores(self) -> int | None:
-        """Another length for this step, in order to learn.
-
-        All positions now and then: what is not drafted has no confidence and no
-        outcome, and a length that was right once would stay. None at all as well: what
-        a step without drafts takes is a guess until one is made, and a wrong guess
-        would keep a loss for a gain; seldom where drafting seems to gain much.
-        """
-        options = self.options
-        if self._length == 0:
-            self._drafting, self._bypassed = 0, True
-            return None
-        self._drafting += 1
-        at = self._drafting % options.explore_interval
-        if at < options.explore_steps <= self._drafting:
-            return self.width if self._length < self.width else None
-        if not options.bypass:
-            return None
-        early = 0 <= self._drafting - _EARLY < options.explore_steps
-        if early and not self._bypassed:
-            return 0
-        if self._gain[self._length] >= options.doubtful_gain:
-            # Beyond doubt, if the table is right; if its curve is too flat, nothing
-            # else would show it.
-            at = self._drafting % (_SELDOM * options.explore_interval)
-        half = options.explore_interval // 2
-        return 0 if half <= at < half + options.explore_steps else None
 
     def _gains(self, throughput: Floats, doubt: float) -> Floats:
         positive = np.isfinite(throughput).all() and (throughput > 0).all()

@@ -34,8 +34,11 @@ class DraftingOptions:
         explore_interval: steps of drafting less than γ after which all γ positions
             are drafted, to learn about those that are left out,
         explore_steps: for so many steps.
-        doubtful_gain: log gain of drafting below which steps without drafts are made
-            as often, to learn what they take; above, more seldom (`drafting`).
+        explore_share: share of throughput that steps without drafts may cost, made
+            while drafting to learn what they take (`other_lengths`),
+        min_explore_interval: so many steps apart at least, however little drafting
+            gains,
+        max_explore_interval: and so many at most, however much.
         encouraging: share of the distance to break-even that a probe must close to
             be continued.
         low_acceptance: acceptance of first drafts below which a bypass is put down to
@@ -61,7 +64,9 @@ class DraftingOptions:
     max_probe_steps: int = 64
     explore_interval: int = 96
     explore_steps: int = 2
-    doubtful_gain: float = 0.25
+    explore_share: float = 0.0025
+    min_explore_interval: int = 16
+    max_explore_interval: int = 768
     encouraging: float = 0.25
     low_acceptance: float = 0.3
     request_rounds: int = 24
@@ -77,6 +82,11 @@ class DraftingOptions:
                 raise ValueError(
                     f"{option.name} {value}: give a finite number, at least {least}"
                 )
+        if not self.explore_share > 0:
+            raise ValueError(
+                f"explore_share {self.explore_share}: give more than 0; what is never "
+                "tried is never known"
+            )
         for name, above in (("load_factor", 1), ("average", 0.999)):
             if not getattr(self, name) > above:
                 raise ValueError(
@@ -86,9 +96,13 @@ class DraftingOptions:
             raise ValueError(
                 f"hopeful_rate {self.hopeful_rate}: give a share, above 0 and up to 1"
             )
-        for low in ("hold", "probe_interval"):
-            if getattr(self, f"max_{low}") < getattr(self, low):
+        for low, high in (
+            ("hold", "max_hold"),
+            ("probe_interval", "max_probe_interval"),
+            ("min_explore_interval", "max_explore_interval"),
+        ):
+            if getattr(self, high) < getattr(self, low):
                 raise ValueError(
-                    f"max_{low} {getattr(self, f'max_{low}')}: give at least the "
-                    f"{low}, {getattr(self, low)}"
+                    f"{high} {getattr(self, high)}: give at least the {low}, "
+                    f"{getattr(self, low)}"
                 )

@@ -236,7 +236,9 @@ class Engine:
             drafted = None
             if drafted_for and prefill <= len(step.decoding):
                 drafted = (drafted_for, positions, drafting)
-            self.controller.timed(step.tokens, context, target, drafted, self._overhead)
+            self.controller.timed(
+                step.tokens, context, target, drafted, self._overhead, prefill
+            )
         self._overhead = overhead
         self.clock += target + drafting + overhead
         self.counts.busy += target + drafting + overhead

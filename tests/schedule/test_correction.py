@@ -280,3 +280,43 @@ def test_a_level_stretch_yields_to_two_looks_at_its_start(seed: int) -> None:
         serve(live, served, machine, 94)
     assert off(live.snapshot(), bare) < 0.30  # it was 2
     assert off(live.snapshot(), served) < 0.10
+
+
+DECODING = (64, 96, 130)
+
+
+def with_prompts(share: float, seed: int, told: bool = True) -> LiveCost:
+    """What is learned where two of three steps have prompts in them, whose tokens take
+    a share of what those of drafts take."""
+    live, machine = LiveCost(true_table()), Machine(0.05, pauses=0.05, seed=seed)
+    random = np.random.default_rng(seed)
+    for i in range(300):
+        decoding = int(random.choice(DECODING))
+        prompts = int(random.integers(20, 400)) if i % 3 else 0
+        seconds = machine.noisy(float(step_time(decoding + share * prompts)))
+        live.observe(decoding + prompts, 0, seconds, prompts if told else 0)
+    return live
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.6])
+def test_prompts_count_as_much_as_they_take(share: float, seed: int) -> None:
+    live = with_prompts(share, seed)
+    table = live.snapshot()
+    assert live.counted(1000) == pytest.approx(1000 * share, rel=0.15)
+    assert off(table, DECODING) < 0.10
+    mixed = float(step_time(64 + share * 300))
+    assert table.step_seconds(64 + live.counted(300)) == pytest.approx(mixed, rel=0.10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cheap_prompts_do_not_make_drafts_cheap(seed: int) -> None:
+    """What four drafts of each of 64 requests are thought to cost, and do."""
+    ends = np.array([64, 320])
+    true = float(np.diff(step_time(ends))[0])
+    told, untold = (
+        float(np.diff(with_prompts(0.5, seed, told).snapshot().step_seconds(ends))[0])
+        for told in (True, False)
+    )
+    assert 0.9 < told / true < 1.1
+    assert untold / true < 0.7  # the fault that telling mends

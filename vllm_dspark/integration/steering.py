@@ -220,6 +220,7 @@ class Steering:
             report.target_seconds,
             drafted,
             planned.overhead,
+            step.prompt_tokens,
         )
 
     def _price(self, cost: CostReport) -> None:

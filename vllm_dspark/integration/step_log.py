@@ -52,6 +52,7 @@ class StepLog:
             planned.context_tokens,
             report.draft_requests,
             planned.positions,
+            done.prompt_tokens,
         )
         fields: dict[str, Any] = {
             "step": self._steps,

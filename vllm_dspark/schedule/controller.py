@@ -203,15 +203,20 @@ class Controller:
         """
         assert self.live is not None
         table, context = self.live.snapshot(), batch.context_tokens
-        fixed = self.overhead
+        fixed, uncounted = self.overhead, self._uncounted(batch.prefill_tokens)
         if batch.prefill_tokens and batch.ids and not batch.slo_tps.any():
-            sizes = np.array([len(batch.ids), batch.base_tokens])
+            sizes = np.array([len(batch.ids), batch.base_tokens - uncounted])
             alone, together = table.step_seconds(sizes, context)
             fixed += float(alone - together)
         return (
-            lambda tokens: table.step_seconds(tokens, context) + fixed,
+            lambda tokens: table.step_seconds(tokens - uncounted, context) + fixed,
             table.draft_seconds,
         )
+
+    def _uncounted(self, prompt_tokens: int) -> int:
+        """Tokens of B that costs nothing, as prompts count less than all of theirs."""
+        assert self.live is not None
+        return prompt_tokens - self.live.counted(prompt_tokens)
 
     def _count_step(self, stop: Stop, num_reqs: int, positions: int) -> None:
         totals = self.totals
@@ -225,7 +230,12 @@ class Controller:
         self.totals.verify_lens.update(verify_lens.tolist())
 
     def predicted_seconds(
-        self, batch_tokens: int, context_tokens: int, num_reqs: int, positions: int
+        self,
+        batch_tokens: int,
+        context_tokens: int,
+        num_reqs: int,
+        positions: int,
+        prompt_tokens: int = 0,
     ) -> float | None:
         """Seconds of a step's target and drafting by what is known; None if nothing is.
 
@@ -234,11 +244,13 @@ class Controller:
             context_tokens: as in `Batch`.
             num_reqs: that are drafted for, 0 for no drafting.
             positions: of each of them.
+            prompt_tokens: how many of B are of prompts.
         """
         if self.live is None:
             return None
         table = self.live.snapshot()
-        seconds = float(table.step_seconds(batch_tokens, context_tokens))
+        counted = batch_tokens - self._uncounted(prompt_tokens)
+        seconds = float(table.step_seconds(counted, context_tokens))
         if num_reqs:
             seconds += float(table.draft_seconds(num_reqs, positions))
         return seconds
@@ -279,6 +291,7 @@ class Controller:
         target_seconds: float,
         drafted: tuple[int, int, float] | None,
         overhead_seconds: float | None,
+        prompt_tokens: int = 0,
     ) -> None:
         """Learn from a step's times.
 
@@ -288,10 +301,11 @@ class Controller:
             target_seconds: of the worker, drafting not included.
             drafted: requests, positions and seconds of drafting, if there was any.
             overhead_seconds: between the worker's steps; None if the engine idled.
+            prompt_tokens: how many of B are of prompts.
         """
         if self.live is None:
             return
-        self.live.observe(batch_tokens, context_tokens, target_seconds)
+        self.live.observe(batch_tokens, context_tokens, target_seconds, prompt_tokens)
         if drafted is not None:
             self.live.observe_draft(*drafted)
         if overhead_seconds is not None and overhead_seconds >= 0:

@@ -29,6 +29,8 @@ _LOCAL = 0.3
 _REACH = 1.0  # octaves, over which local factors are alike
 _MAX_STEP_KNOTS = 24
 _MAX_ROWS = 6  # of the drafter's grid
+_PROMPT = 0.4  # of a prompt's token's share
+_SHARES = (0.1, 4.0)  # that it may get
 _UPKEEP = 0.25  # positions that 0 positions count as: as far from 1 as 1 from 4
 _MATERIAL = 0.02  # relative change of any factor that makes a new snapshot
 _URGENT = 0.10  # such a change makes it at once
@@ -65,7 +67,10 @@ class LiveCost:
         self._columns = sorted({*table.positions[:2], table.positions[-1]})
         self._context = len(self._knots)  # index of the context's factor
         prior = self._prior()
-        kinds = (np.arange(len(prior)) > self._context).astype(np.int64)
+        self._prompt = len(prior) - 1  # index of the prompts' share
+        place = np.arange(len(prior))
+        drafting = (place > self._context) & (place < self._prompt)
+        kinds = drafting.astype(np.int64)
         self._filter = RobustFilter(prior, kinds)
         # What each observation is of the factors, and the table's own seconds.
         self._steps: dict[int, tuple[Floats, float, int]] = {}
@@ -80,25 +85,34 @@ class LiveCost:
         self._snapshot_at = 0
         self.observed = 0
 
-    def observe(self, batch_tokens: int, context_tokens: int, seconds: float) -> None:
+    def observe(
+        self,
+        batch_tokens: int,
+        context_tokens: int,
+        seconds: float,
+        prompt_tokens: int = 0,
+    ) -> None:
         """Learn from one target step; what cannot be a step's time is passed over.
 
         Args:
             batch_tokens: B, at least 1.
             context_tokens: context read by attention, summed over the step's requests.
             seconds: what the step took, drafting not included.
+            prompt_tokens: how many of B are of prompts.
         """
         if not (batch_tokens >= 1 and _can_be(seconds)):
             return
-        found = self._steps.get(batch_tokens)
-        if found is None:
-            row = self._step_row(batch_tokens)
-            base = float(self._table.step_seconds(batch_tokens))
-            found = row, base, int(row.argmax())
-            _keep(self._steps, batch_tokens, found)
-        row, base, place = found
         x = self._filter.x
+        counted = prompt_tokens * _share(x[self._prompt])
+        tokens = max(round(batch_tokens - prompt_tokens + counted), 1)
+        row, base, place = self._step(tokens)
         predicted = base * math.exp(float(row.dot(x)))
+        if prompt_tokens:
+            wide = max(tokens // 8, 1)
+            wider_row, wider, _ = self._step(tokens + wide)
+            wider *= math.exp(float(wider_row.dot(x)))
+            row = row.copy()
+            row[self._prompt] = counted * math.log(wider / predicted) / wide
         if context_tokens > 0 and self._table.per_context_token > 0:
             factor = math.exp(float(x[self._context]))
             reading = self._table.per_context_token * factor * context_tokens
@@ -121,6 +135,10 @@ class LiveCost:
         row, base, place = found
         predicted = base * math.exp(float(row.dot(self._filter.x)))
         self._learn(row, predicted, seconds, place)
+
+    def counted(self, prompt_tokens: int) -> int:
+        """As how many tokens of B so many of prompts count, by what is known now."""
+        return round(prompt_tokens * _share(self._snapshot_x[self._prompt]))
 
     def snapshot(self) -> CostTable:
         """The corrected table to plan with; the same object until it matters."""
@@ -160,16 +178,28 @@ class LiveCost:
         )
 
     def _prior(self) -> Floats:
-        """Covariance of the factors: step knots, context, drafter's grid in rows."""
+        """Covariance of the factors: step, context, drafter's grid in rows, prompts."""
         steps = _alike(self._knots)
         apart = [k if k else _UPKEEP for k in self._columns]
         drafts = np.kron(_alike(self._rows), _alike(apart))
         m, n = len(steps), len(steps) + 1 + len(drafts)
-        prior = np.full((n, n), _COMMON**2)
+        prior = np.zeros((n + 1, n + 1))
+        prior[:n, :n] = _COMMON**2
         prior[:m, :m] += _BY_KIND**2 + _LOCAL**2 * steps
         prior[m, m] += _BY_KIND**2 + _LOCAL**2
-        prior[m + 1 :, m + 1 :] += _BY_KIND**2 + _LOCAL**2 * drafts
+        prior[m + 1 : n, m + 1 : n] += _BY_KIND**2 + _LOCAL**2 * drafts
+        prior[n, n] = _PROMPT**2
         return prior
+
+    def _step(self, batch_tokens: int) -> tuple[Floats, float, int]:
+        """What an observation of B is of the factors, the table's seconds, its place."""
+        found = self._steps.get(batch_tokens)
+        if found is None:
+            row = self._step_row(batch_tokens)
+            base = float(self._table.step_seconds(batch_tokens))
+            found = row, base, int(row.argmax())
+            _keep(self._steps, batch_tokens, found)
+        return found
 
     def _step_row(self, batch_tokens: int) -> Floats:
         row = np.zeros(len(self._filter.x))
@@ -179,8 +209,15 @@ class LiveCost:
     def _draft_row(self, num_reqs: int, positions: int) -> Floats:
         row = np.zeros(len(self._filter.x))
         columns = _between([k + 1 for k in self._columns], positions + 1)
-        row[self._context + 1 :] = np.kron(_between(self._rows, num_reqs), columns)
+        row[self._context + 1 : self._prompt] = np.kron(
+            _between(self._rows, num_reqs), columns
+        )
         return row
+
+
+def _share(logarithm: float) -> float:
+    """Of a token of B, that a prompt's token counts as."""
+    return min(max(math.exp(logarithm), _SHARES[0]), _SHARES[1])
 
 
 def _can_be(seconds: float) -> bool:

@@ -279,9 +279,7 @@ def test_wrong_values_are_refused() -> None:
             DraftingOptions(**{name: -1})
     with pytest.raises(ValueError, match="max_hold 4"):
         DraftingOptions(max_hold=4)
-    with pytest.raises(
-        ValueError, match="max_explore_interval 15: give"
-    ):
+    with pytest.raises(ValueError, match="max_explore_interval 15: give"):
         DraftingOptions(max_explore_interval=15)
     with pytest.raises(ValueError, match="explore_share 0"):
         DraftingOptions(explore_share=0)

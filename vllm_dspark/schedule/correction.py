@@ -192,7 +192,7 @@ class LiveCost:
         return prior
 
     def _step(self, batch_tokens: int) -> tuple[Floats, float, int]:
-        """What an observation of B is of the factors, the table's seconds, its place."""
+        """What an observation of B is of the factors; the table's seconds; a place."""
         found = self._steps.get(batch_tokens)
         if found is None:
             row = self._step_row(batch_tokens)

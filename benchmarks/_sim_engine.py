@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vllm_dspark.calibration.online import Prediction
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.drafting import Reason
-from vllm_dspark.schedule.facts import Batch, DraftPlan
+from vllm_dspark.schedule.facts import Batch, DraftPlan, StepTimes
 
 Ints = NDArray[np.int64]
 NO_DRAFTS = DraftPlan(0, Reason.COST)
@@ -237,7 +237,9 @@ class Engine:
             if drafted_for and prefill <= len(step.decoding):
                 drafted = (drafted_for, positions, drafting)
             self.controller.timed(
-                step.tokens, context, target, drafted, self._overhead, prefill
+                StepTimes(
+                    step.tokens, context, target, drafted, prefill, self._overhead
+                )
             )
         self._overhead = overhead
         self.clock += target + drafting + overhead

@@ -28,7 +28,6 @@ load. Arms are those of serve_sweep.py.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -38,6 +37,7 @@ from typing import Any
 
 import _bench_common as common
 import numpy as np
+from _in_process import build, draft_counts, set_environment
 from _paired_turns import Turn, summary
 from _sweep_arms import DEFAULT, Arm, named
 from _sweep_client import answer_tokens
@@ -49,35 +49,22 @@ from vllm_dspark.cli.signals import interrupt
 
 ARMS = [name for name in DEFAULT if name != "ngram"]
 LOADS = (64, 32, 16, 8, 4, 2, 1)
-# Before vLLM is imported: engines in this process, their threads bound to no core.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 
 
 class Engine:
     """One arm's engine, its open requests, and its place among the prompts."""
 
     def __init__(self, arm: Arm, args: argparse.Namespace, prompts: Prompts) -> None:
-        from vllm import LLM
-
         self.name, self._prompts, self._args = arm.name, prompts, args
-        own = {"speculative_config": arm.speculative_config}
-        if arm.additional_config:
-            own["additional_config"] = arm.additional_config
-        self._engine: Any = LLM(
+        self._engine = build(
+            arm,
             args.target,
+            args.kv_gib,
             dtype=args.dtype,
-            enforce_eager=True,
             max_model_len=args.max_model_len,
             max_num_seqs=max(args.concurrency),
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=int(args.kv_gib * 2**30),
-            **own,
-        ).llm_engine
+        )
         self._open: dict[str, int] = {}  # tokens emitted, by request
         self._prompt_tokens: dict[str, int] = {}  # of those that emitted none yet
         self._next = 0
@@ -121,7 +108,7 @@ class Engine:
 
     def turn(self, load: int, at_least: int) -> Turn:
         """Serve until so many tokens are emitted."""
-        drafted, verified = self._counts()
+        drafted, verified = draft_counts(self._engine)
         tokens = prompt_tokens = steps = 0
         start = time.perf_counter()
         while tokens < at_least:
@@ -131,16 +118,9 @@ class Engine:
             prompt_tokens += prompts
             steps += 1
         seconds = time.perf_counter() - start
-        after = self._counts()
+        after = draft_counts(self._engine)
         drafts = after[0] - drafted, after[1] - verified
         return Turn(tokens, prompt_tokens, seconds, steps, *drafts)
-
-    def _counts(self) -> tuple[int, int]:
-        core = self._engine.engine_core.engine_core
-        controller = getattr(core.scheduler, "controller", None)
-        if controller is None:
-            return 0, 0
-        return controller.totals.drafted, controller.totals.verified
 
     def drain(self) -> None:
         """Give up what is open."""
@@ -249,8 +229,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and write what is there after every load."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     from transformers import AutoTokenizer
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.integration.test_server import ARGUMENTS, ENVIRONMENT
 from vllm_dspark.cli.server import speculative_arguments
 from vllm_dspark.schedule import cost_file, cost_keeper
 from vllm_dspark.schedule.cost_file import CostFile
+from vllm_dspark.schedule.facts import StepTimes
 
 pytestmark = pytest.mark.slow
 
@@ -60,8 +62,8 @@ def serve(eng: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) ->
     controller = eng.scheduler.controller
     observe = type(controller).timed
 
-    def slow(tokens: int, context: int, target: float, *rest: Any) -> None:
-        observe(controller, tokens, context, seconds, *rest)
+    def slow(times: StepTimes) -> None:
+        observe(controller, replace(times, target_seconds=seconds))
 
     monkeypatch.setattr(controller, "timed", slow)
     # Enough steps for the table to come near, however many drafts are made.

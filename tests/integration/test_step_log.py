@@ -14,6 +14,7 @@ from tests.integration.engine import engine
 from tests.integration.recorder import drive
 from tests.integration.test_adaptive import ARRIVALS, cost_table, jagged
 from tests.integration.test_kept_cost import said
+from vllm_dspark.schedule.facts import StepTimes
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,8 @@ def test_every_step_is_there(
     config = {"dspark": ours}
     with engine(tiny_target, tiny_drafter, additional_config=config) as eng:
         # Logged, but not learned from: what is drafted is the same on every machine.
-        eng.scheduler.controller.timed = lambda *args: None
+        timed: list[StepTimes] = []
+        eng.scheduler.controller.timed = timed.append
         texts = drive(eng, ARRIVALS)
         found = rows(file)  # complete as soon as nothing is left to do
         stats, totals = eng.stats(), eng.scheduler.controller.totals
@@ -63,6 +65,23 @@ def test_every_step_is_there(
     priced = [r["predicted_seconds"] for r in found[1:]]  # costs come with the first
     assert found[0]["predicted_seconds"] is None and min(priced) > 0
     assert all(r["target_seconds"] > 0 and r["draft_seconds"] >= 0 for r in found)
+    agrees_with_what_is_learned_from(found, timed)
+
+
+def agrees_with_what_is_learned_from(
+    found: list[dict[str, Any]], timed: list[StepTimes]
+) -> None:
+    """The controller is told the same times, and which steps follow drafts."""
+    assert [t.target_seconds for t in timed] == [r["target_seconds"] for r in found]
+    assert [t.prompt_tokens for t in timed] == [r["prompt_tokens"] for r in found]
+    drafts = [r["positions"] > 0 or r["drafts"] > 0 for r in found]
+    told = [t.after_drafts for t in timed[1:] if t.overhead is not None]
+    assert told == [
+        before
+        for before, t in zip(drafts, timed[1:], strict=False)
+        if t.overhead is not None
+    ]
+    assert True in told
 
 
 def test_a_full_disk_is_said_once(

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.cost import CostTable
-from vllm_dspark.schedule.facts import Batch
+from vllm_dspark.schedule.facts import Batch, StepTimes
 
 # What a step of the demo target costs, as issue 4 gives it, and a drafter of 15%.
 DEMO = CostTable(
@@ -76,7 +76,8 @@ class Engine:
         drafting = float(self.costs.draft_seconds(load, choice.positions))
         noise = self.random.lognormal(0, 0.03)
         drafts = (load, choice.positions, drafting * noise)
-        self.controller.timed(b, 100 * load, target * noise, drafts, 0.0)
+        times = StepTimes(b, 100 * load, target * noise, drafts, overhead=0.0)
+        self.controller.timed(times)
         self.tokens += load + int(accepted.sum())
         self.seconds += target + drafting
         self.drafted = choice.positions

@@ -12,7 +12,7 @@ from vllm_dspark.config import DSparkOptions
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.drafting import Reason
-from vllm_dspark.schedule.facts import Batch
+from vllm_dspark.schedule.facts import Batch, StepTimes
 
 
 def engine(policy: DSparkOptions | None = None, **settings: object) -> Engine:
@@ -185,7 +185,7 @@ def test_the_time_between_steps_counts() -> None:
     for running, overhead in ((lean, 0.0), (heavy, 0.2)):
         for _ in range(200):
             running.run(32, 1)
-            running.controller.timed(32, 0, 0.075, None, overhead)
+            running.controller.timed(StepTimes(32, 0, 0.075, overhead=overhead))
     assert heavy.controller.overhead > 0.0
     assert np.mean(heavy.verified[-50:]) > np.mean(lean.verified[-50:])
 
@@ -215,16 +215,6 @@ def test_prompts_in_a_step_do_not_make_drafts_look_cheap() -> None:
     # Good ones are.
     good = replace(batch(np.full((4, 3), 0.9), 4), prefill_tokens=200)
     assert controller.verify(good, 0)[0].verify_lens.sum() > 0
-
-
-def test_the_seconds_of_a_step_are_those_of_its_parts() -> None:
-    controller = Controller(WIDTH)
-    assert controller.predicted_seconds(9, 100, 2, 3) is None
-    controller.price(DEMO)
-    target = float(DEMO.step_seconds(9, 100))
-    drafting = float(DEMO.draft_seconds(2, 3))
-    assert controller.predicted_seconds(9, 100, 2, 3) == target + drafting
-    assert controller.predicted_seconds(9, 100, 0, 3) == target
 
 
 def test_one_requests_goal_ends_a_bypass_and_its_drafts_come_first() -> None:

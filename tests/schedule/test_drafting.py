@@ -313,7 +313,9 @@ def test_lengths_not_chosen_are_looked_at(gain: float, bypass: bool, none: int) 
     lost = lengths.count(0) * np.log(gain) / len(lengths)
     assert lost <= 1.2 * options.explore_share or gain == 9
     assert lengths.count(2) == 960 - lengths.count(WIDTH) - lengths.count(0)
-    assert all(c.reason is Reason.PROBE for c in settled if c.positions != 2)
+    tried = [c for c in settled if c.positions != 2]
+    assert all(c.reason is Reason.PROBE for c in tried)
+    assert all(c.most_requests == options.probe_rounds for c in tried)
     assert drafting.changes == 1
 
 

@@ -27,6 +27,7 @@ class Planned:
         positions: drafted at its end.
         reason: why so many.
         overhead: seconds outside the worker before it; None if the engine idled.
+        after_drafts: the step before it had drafts or made some.
         built: when, on the machine's monotonic clock.
     """
 
@@ -39,6 +40,7 @@ class Planned:
     positions: int
     reason: Reason
     overhead: float | None
+    after_drafts: bool
     built: float
 
 

@@ -40,7 +40,7 @@ from vllm_dspark.integration.step_log import StepLog
 from vllm_dspark.metrics import Reporter
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.cost_keeper import CostKeeper
-from vllm_dspark.schedule.facts import Batch, DraftPlan
+from vllm_dspark.schedule.facts import Batch, DraftPlan, StepTimes
 
 
 class Steering:
@@ -65,6 +65,7 @@ class Steering:
         self._choice: DraftPlan | None = None  # of the step being built, or the last
         self._started: float | None = None  # of the step before, if it was busy since
         self._worked = 0.0  # seconds of the worker in a step
+        self._drafts_before = False  # made or at hand in the step before
 
     def _build(self) -> Controller:
         return build_controller(self.vllm_config, self.num_spec_tokens)
@@ -98,8 +99,10 @@ class Steering:
             choice.positions,
             choice.reason,
             overhead,
+            self._drafts_before,
             built,
         )
+        self._drafts_before = choice.positions > 0 or bool(batch.num_drafts.any())
         return output
 
     def _known(self, requests: list[Request]) -> dict[str, np.ndarray]:
@@ -215,12 +218,15 @@ class Steering:
             seconds = report.draft_seconds + report.owed_seconds
             drafted = (report.draft_requests, planned.positions, seconds)
         self.controller.timed(
-            step.tokens,
-            planned.context_tokens,
-            report.target_seconds,
-            drafted,
-            planned.overhead,
-            step.prompt_tokens,
+            StepTimes(
+                step.tokens,
+                planned.context_tokens,
+                report.target_seconds,
+                drafted,
+                step.prompt_tokens,
+                planned.overhead,
+                planned.after_drafts,
+            )
         )
 
     def _price(self, cost: CostReport) -> None:

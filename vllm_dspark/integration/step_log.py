@@ -47,13 +47,15 @@ class StepLog:
         if self._lines is None:
             return
         planned, report = done.planned, done.report
-        predicted = controller.predicted_seconds(
-            done.tokens,
-            planned.context_tokens,
-            report.draft_requests,
-            planned.positions,
-            done.prompt_tokens,
-        )
+        predicted = None
+        if controller.prices is not None:
+            predicted = controller.prices.predicted_seconds(
+                done.tokens,
+                planned.context_tokens,
+                report.draft_requests,
+                planned.positions,
+                done.prompt_tokens,
+            )
         fields: dict[str, Any] = {
             "step": self._steps,
             "time": planned.built,

@@ -11,9 +11,7 @@ that same round, except their own confidences through `planner.plan`.
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -28,9 +26,10 @@ from vllm_dspark.schedule.draft_length import Lengths
 from vllm_dspark.schedule.drafting import Drafting, DraftingChoice, Reason, StepFacts
 from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.exploring import Exploring
-from vllm_dspark.schedule.facts import Batch, DraftPlan, Totals
+from vllm_dspark.schedule.facts import Batch, DraftPlan, StepTimes, Totals
 from vllm_dspark.schedule.forecast import Forecaster
 from vllm_dspark.schedule.hope import Hope
+from vllm_dspark.schedule.pricing import Pricing
 from vllm_dspark.schedule.request_gate import RequestGate
 from vllm_dspark.schedule.step import (
     Floats,
@@ -44,8 +43,6 @@ from vllm_dspark.schedule.step import (
 
 # Beyond, predictions say little, and would never let drafting be tried.
 _MOST_DOUBT = 0.3
-# Steps whose time outside the worker is remembered: its median is robust to pauses.
-_OVERHEAD_STEPS = 64
 
 
 class Controller:
@@ -82,21 +79,29 @@ class Controller:
         self._exploring = Exploring()
         self.gate = RequestGate(options)
         self.totals = Totals()
-        self.live: LiveCost | None = None
-        self.overhead = 0.0  # seconds of a step outside the worker
-        self._overheads: deque[float] = deque(maxlen=_OVERHEAD_STEPS)
+        self.prices: Pricing | None = None
         self._rounds_seen = 0
         self._choice = DraftingChoice(width, Reason.NO_HISTORY)
 
     def price(self, table: CostTable) -> LiveCost:
         """Take a cost table, and follow it live from now on."""
-        self.live = LiveCost(table)
-        return self.live
+        self.prices = Pricing(table)
+        return self.prices.live
+
+    @property
+    def live(self) -> LiveCost | None:
+        """The costs that are followed, once there are any."""
+        return None if self.prices is None else self.prices.live
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of a step outside the worker."""
+        return 0.0 if self.prices is None else self.prices.overhead
 
     @property
     def adapts(self) -> bool:
         """Whether lengths are being chosen by cost."""
-        return self.policy.policy == "adaptive" and self.live is not None
+        return self.policy.policy == "adaptive" and self.prices is not None
 
     # ---- before a step ----
 
@@ -104,14 +109,13 @@ class Controller:
         """What to draft at the end of the step; uses no draft of it."""
         if not self.adapts or not batch.ids:
             return DraftPlan(self.width, Reason.PAYS)
-        assert self.live is not None
-        made = self._forecaster.of(
-            batch, self._rounds_seen > 0, self.live.snapshot(), self._costs
-        )
+        assert self.prices is not None
+        live, costs = self.prices.live, self.prices.costs
+        made = self._forecaster.of(batch, self._rounds_seen > 0, live.snapshot(), costs)
         hopeful = None  # a goal comes before throughput
         if self.drafting.starting and made.reaches is None:
             limits = self._hope.survival()
-            hopeful = self._forecaster.hopeful(batch, limits, self._costs)
+            hopeful = self._forecaster.hopeful(batch, limits, costs)
         self._choice = self.drafting.choose(
             StepFacts(
                 made.throughput,
@@ -119,7 +123,7 @@ class Controller:
                 self._rounds_seen,
                 made.acceptance,
                 made.reaches,
-                min(error, _MOST_DOUBT) if (error := self.live.error()) > 0 else 0.0,
+                min(error, _MOST_DOUBT) if (error := live.error()) > 0 else 0.0,
                 hopeful,
             )
         )
@@ -154,8 +158,8 @@ class Controller:
         """A step by the confidences that a batch has, and its survivals."""
         extra = 0.0
         cost: StepCost = _free
-        if self.live is not None:
-            cost, draft_cost = self._costs(batch)
+        if self.prices is not None:
+            cost, draft_cost = self.prices.costs(batch)
             # The step's own fixed part is in `cost`; drafting is decided already.
             extra = float(draft_cost(len(batch.ids), np.array([positions]))[0])
         made, survival = None, np.zeros((len(batch.ids), 0))
@@ -191,33 +195,6 @@ class Controller:
         # Without confidences only outcomes teach: a probe verifies one of each.
         return planner.fixed(step, 1) if blind else plan
 
-    def _costs(
-        self, batch: Batch
-    ) -> tuple[Callable[[Ints], Floats], Callable[[int, Ints], Floats]]:
-        """Seconds of a step by its tokens, and of drafting.
-
-        What prompts add to a step is left out: it is due whatever is verified, and with
-        it in the round's time, drafts would seem to pay that other rounds do better
-        without. What a draft adds is counted at the B of the whole step. A goal is
-        about the whole time, though.
-        """
-        assert self.live is not None
-        table, context = self.live.snapshot(), batch.context_tokens
-        fixed, uncounted = self.overhead, self._uncounted(batch.prefill_tokens)
-        if batch.prefill_tokens and batch.ids and not batch.slo_tps.any():
-            sizes = np.array([len(batch.ids), batch.base_tokens - uncounted])
-            alone, together = table.step_seconds(sizes, context)
-            fixed += float(alone - together)
-        return (
-            lambda tokens: table.step_seconds(tokens - uncounted, context) + fixed,
-            table.draft_seconds,
-        )
-
-    def _uncounted(self, prompt_tokens: int) -> int:
-        """Tokens of B that costs nothing, as prompts count less than all of theirs."""
-        assert self.live is not None
-        return prompt_tokens - self.live.counted(prompt_tokens)
-
     def _count_step(self, stop: Stop, num_reqs: int, positions: int) -> None:
         totals = self.totals
         totals.steps += 1
@@ -228,32 +205,6 @@ class Controller:
     def _count_lengths(self, num_drafts: Ints, verify_lens: Ints) -> None:
         self.totals.trimmed += int((num_drafts - verify_lens).sum())
         self.totals.verify_lens.update(verify_lens.tolist())
-
-    def predicted_seconds(
-        self,
-        batch_tokens: int,
-        context_tokens: int,
-        num_reqs: int,
-        positions: int,
-        prompt_tokens: int = 0,
-    ) -> float | None:
-        """Seconds of a step's target and drafting by what is known; None if nothing is.
-
-        Args:
-            batch_tokens: B, prompts included.
-            context_tokens: as in `Batch`.
-            num_reqs: that are drafted for, 0 for no drafting.
-            positions: of each of them.
-            prompt_tokens: how many of B are of prompts.
-        """
-        if self.live is None:
-            return None
-        table = self.live.snapshot()
-        counted = batch_tokens - self._uncounted(prompt_tokens)
-        seconds = float(table.step_seconds(counted, context_tokens))
-        if num_reqs:
-            seconds += float(table.draft_seconds(num_reqs, positions))
-        return seconds
 
     # ---- after a step ----
 
@@ -284,33 +235,10 @@ class Controller:
         """Count what the worker drafted."""
         self.totals.drafted += tokens
 
-    def timed(
-        self,
-        batch_tokens: int,
-        context_tokens: int,
-        target_seconds: float,
-        drafted: tuple[int, int, float] | None,
-        overhead_seconds: float | None,
-        prompt_tokens: int = 0,
-    ) -> None:
-        """Learn from a step's times.
-
-        Args:
-            batch_tokens: B.
-            context_tokens: as in `Batch`.
-            target_seconds: of the worker, drafting not included.
-            drafted: requests, positions and seconds of drafting, if there was any.
-            overhead_seconds: between the worker's steps; None if the engine idled.
-            prompt_tokens: how many of B are of prompts.
-        """
-        if self.live is None:
-            return
-        self.live.observe(batch_tokens, context_tokens, target_seconds, prompt_tokens)
-        if drafted is not None:
-            self.live.observe_draft(*drafted)
-        if overhead_seconds is not None and overhead_seconds >= 0:
-            self._overheads.append(overhead_seconds)
-            self.overhead = statistics.median(self._overheads)
+    def timed(self, times: StepTimes) -> None:
+        """Learn from what a step took."""
+        if self.prices is not None:
+            self.prices.learn(times)
 
     def forget(self, ids: Iterable[str]) -> None:
         """Drop requests that have ended."""

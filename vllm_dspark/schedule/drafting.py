@@ -78,8 +78,8 @@ class DraftingChoice:
     """Positions to draft next, 0..γ, and why.
 
     The drafts of a probe are there to be learned from: without a confidence head, one
-    of each request must be verified even if that does not pay. A probe of a bypass
-    needs no more than ``most_requests`` (None: all are drafted for).
+    of each request must be verified even if that does not pay. A probe needs no more
+    than ``most_requests`` (None: all are drafted for).
     """
 
     positions: int
@@ -185,7 +185,7 @@ class Drafting:
         else:
             other = self._others.next(self._length, float(self._gain[self._length]))
             if other is not None:
-                return DraftingChoice(other, Reason.PROBE)
+                return DraftingChoice(other, Reason.PROBE, self.options.probe_rounds)
         return DraftingChoice(self._length, self._reason(facts, best))
 
     def _probe(self) -> DraftingChoice:

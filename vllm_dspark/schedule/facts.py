@@ -42,6 +42,30 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """What a step took.
+
+    Args:
+        batch_tokens: B.
+        context_tokens: as in `Batch`.
+        target_seconds: of the worker, drafting not included.
+        drafted: requests, positions and seconds of drafting, if there was any.
+        prompt_tokens: how many of B are of prompts.
+        overhead: seconds outside the worker before it; None if the engine idled.
+        after_drafts: the step before it had drafts or made some, so that the overhead
+            is one with drafts.
+    """
+
+    batch_tokens: int
+    context_tokens: int
+    target_seconds: float
+    drafted: tuple[int, int, float] | None = None
+    prompt_tokens: int = 0
+    overhead: float | None = None
+    after_drafts: bool = False
+
+
+@dataclass(frozen=True)
 class DraftPlan:
     """What the step drafts at its end.
 

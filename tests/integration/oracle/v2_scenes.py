@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vllm_dspark.schedule import planner
 from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.drafting import Drafting, Reason
 from vllm_dspark.schedule.drafting_options import DraftingOptions
-from vllm_dspark.schedule.facts import DraftPlan
+from vllm_dspark.schedule.facts import DraftPlan, StepTimes
 from vllm_dspark.schedule.step import VerifyStep
 
 WIDTH = 5
@@ -139,16 +140,16 @@ def changing_times(eng: Engine) -> dict[str, Any]:
     now = {"factor": 1.0}
     positions: list[int] = []
 
-    def timed(
-        tokens: int, context: int, target: float, drafted: Any, overhead: Any
-    ) -> None:
-        assert target > 0
+    def timed(times: StepTimes) -> None:
+        assert times.target_seconds > 0
+        drafted = times.drafted
         if drafted is not None:
             requests, made, measured = drafted
             assert measured > 0
             seconds = now["factor"] * drafting if made else upkeep
             drafted = (requests, made, seconds)
-        listen(controller, tokens, context, 0.1, drafted, 0.0)
+        told = replace(times, target_seconds=0.1, drafted=drafted, overhead=0.0)
+        listen(controller, told)
 
     def each_step(step: int) -> None:
         positions.append(controller._choice.positions)

@@ -26,11 +26,10 @@ from vllm_dspark.schedule.step import Floats
 _COMMON = 0.7  # a factor of 2 is nothing special
 _BY_KIND = 0.3
 _LOCAL = 0.3
+_PROMPT = 0.4  # of the prompts' share
 _REACH = 1.0  # octaves, over which local factors are alike
 _MAX_STEP_KNOTS = 24
 _MAX_ROWS = 6  # of the drafter's grid
-_PROMPT = 0.4  # of a prompt's token's share
-_SHARES = (0.1, 4.0)  # that it may get
 _UPKEEP = 0.25  # positions that 0 positions count as: as far from 1 as 1 from 4
 _MATERIAL = 0.02  # relative change of any factor that makes a new snapshot
 _URGENT = 0.10  # such a change makes it at once
@@ -39,6 +38,8 @@ _URGENT = 0.10  # such a change makes it at once
 _SNAPSHOT_EVERY = 8
 _WINDOW = 256  # observations that `error` looks back on
 _MAX_CACHED = 4096
+# What a prompt's token may count as, of a token of B.
+_SHARES = (0.1, 4.0)
 # A factor beyond says that something else is being measured.
 _MAX_LOG = math.log(1000.0)
 
@@ -216,7 +217,7 @@ class LiveCost:
 
 
 def _share(logarithm: float) -> float:
-    """Of a token of B, that a prompt's token counts as."""
+    """What a prompt's token counts as, of a token of B."""
     return min(max(math.exp(logarithm), _SHARES[0]), _SHARES[1])
 
 

@@ -56,10 +56,8 @@ class OtherLengths:
             at = self._drafting % options.explore_interval
             if at < options.explore_steps <= self._drafting:
                 return self._width
-        if (
-            not options.bypass or gain <= 0
-        ):  # at a loss: a bypass comes, or a goal rules
-            return None
+        if not options.bypass or gain <= 0:
+            return None  # at a loss a bypass comes, or a goal rules
         over = self._since_none - self._until_none(gain)
         if over < 0:
             return None

@@ -26,7 +26,7 @@ from vllm_dspark.schedule.step import Floats
 _COMMON = 0.7  # a factor of 2 is nothing special
 _BY_KIND = 0.3
 _LOCAL = 0.3
-_PROMPT = 0.4  # of the prompts' share
+_PROMPT = 0.25  # of the prompts' share
 _REACH = 1.0  # octaves, over which local factors are alike
 _MAX_STEP_KNOTS = 24
 _MAX_ROWS = 6  # of the drafter's grid
@@ -39,7 +39,7 @@ _SNAPSHOT_EVERY = 8
 _WINDOW = 256  # observations that `error` looks back on
 _MAX_CACHED = 4096
 # What a prompt's token may count as, of a token of B.
-_SHARES = (0.1, 4.0)
+_SHARES = (0.25, 2.0)
 # A factor beyond says that something else is being measured.
 _MAX_LOG = math.log(1000.0)
 
@@ -72,7 +72,8 @@ class LiveCost:
         place = np.arange(len(prior))
         drafting = (place > self._context) & (place < self._prompt)
         kinds = drafting.astype(np.int64)
-        self._filter = RobustFilter(prior, kinds)
+        # A machine that is slower reads prompts as much slower as the rest.
+        self._filter = RobustFilter(prior, kinds, place == self._prompt)
         # What each observation is of the factors, and the table's own seconds.
         self._steps: dict[int, tuple[Floats, float, int]] = {}
         self._drafts: dict[tuple[int, int], tuple[Floats, float, int]] = {}

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from vllm_dspark.schedule.step import Floats, Ints
+from vllm_dspark.schedule.step import Floats, Ints, Mask
 
 # Standard deviations from which a surprise is cut, counts less and less, is ignored.
 _CUT, _LESS, _IGNORED = 2.5, 5.0, 8.0
@@ -49,13 +49,19 @@ class RobustFilter:
         kinds: [n] of each part; None: all are of kind 0. Each has a noise of its own.
             A change that is noticed in kind 0 may concern everything; one in another
             kind only that kind.
+        steady: [n] bool of parts that no change of the world concerns; None: there are
+            none.
     """
 
-    def __init__(self, prior: Floats, kinds: Ints | None = None) -> None:
+    def __init__(
+        self, prior: Floats, kinds: Ints | None = None, steady: Mask | None = None
+    ) -> None:
         self.x: Floats = np.zeros(len(prior))
         self.covariance: Floats = prior.copy()
         self._kinds: Ints = np.zeros(len(prior), np.int64) if kinds is None else kinds
         shape = prior / prior.diagonal().max()
+        if steady is not None:
+            shape[steady] = shape[:, steady] = 0.0
         self._shapes: list[Floats] = [
             shape * np.outer(of, of) if kind else shape
             for kind in range(int(self._kinds.max()) + 1)

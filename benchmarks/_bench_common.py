@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_dspark import provenance
 
+Arm = TypeVar("Arm")
 Prompt = TypeVar("Prompt")
 
 
@@ -48,6 +49,12 @@ def prompts_in_turn(
         for name, prompts in groups.items()
         if i < min(len(prompts), len(prompts) if most is None else most)
     ]
+
+
+def in_turn(arms: Sequence[Arm], moment: int) -> list[Arm]:
+    """All of them, another one first at each moment."""
+    first = moment % len(arms)
+    return [*arms[first:], *arms[:first]]
 
 
 def time_in_turn(

@@ -5,10 +5,17 @@ What a server adds (HTTP, its own process) is left out.
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from _sweep_arms import Arm
+
+from vllm_dspark.cli.signals import interrupt
 
 # Before vLLM is imported: engines in this process, their threads bound to no core.
 ENVIRONMENT = {
@@ -19,19 +26,56 @@ ENVIRONMENT = {
 }
 
 
-def set_environment() -> None:
-    """What is set already stays."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def add_flags(
+    parser: argparse.ArgumentParser,
+    arms: list[str],
+    max_prompt_tokens: int,
+    max_model_len: int,
+    kv_gib: float,
+) -> None:
+    """The options of every such benchmark, with its own defaults."""
+    add = parser.add_argument
+    add("--target", required=True)
+    add("--drafter", required=True)
+    add("--prompts", required=True, type=Path)
+    add("--out", required=True, type=Path)
+    add("--arms", nargs="+", default=arms, help="the first one is the reference")
+    add("--max-prompt-tokens", type=int, default=max_prompt_tokens)
+    add("--max-model-len", type=int, default=max_model_len)
+    add("--dtype", default="auto")
+    add("--kv-gib", type=float, default=kv_gib)
+    add("--seed", type=int, default=0)
 
 
-def build(arm: Arm, target: str, kv_gib: float, **settings: Any) -> Any:
+def main(name: str, run: Callable[[], None]) -> int:
+    """Run a benchmark of that name; its exit status."""
+    signal.signal(signal.SIGTERM, interrupt)
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        run()
+    except ValueError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def described(args: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, Any]:
+    """What a benchmark was asked for, for its results."""
+    return {
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "arms": [arm.as_json() for arm in arms],
+    }
+
+
+def build(arm: Arm, args: argparse.Namespace, **settings: Any) -> Any:
     """An arm's eager engine (vLLM's `LLMEngine`), to be stepped by hand.
 
     Args:
         arm: how it speculates.
-        target: model folder.
-        kv_gib: GiB of K/V cache.
+        args: with the options of `add_flags`.
         settings: further arguments of vLLM's `LLM`.
     """
     from vllm import LLM
@@ -39,9 +83,11 @@ def build(arm: Arm, target: str, kv_gib: float, **settings: Any) -> Any:
     if arm.additional_config:
         settings["additional_config"] = arm.additional_config
     made = LLM(
-        target,
+        args.target,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
         enforce_eager=True,
-        kv_cache_memory_bytes=int(kv_gib * 2**30),
+        kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         speculative_config=arm.speculative_config,
         **settings,
     )

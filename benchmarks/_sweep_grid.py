@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _bench_common import provenance
+from _bench_common import in_turn, provenance
 
 GRID = "mixed"
 OPEN = "open-loop"
@@ -96,19 +96,14 @@ def points(
         grid = [
             Point(arm, clients, run, rate=rate)
             for i, (clients, rate) in enumerate(loads)
-            for arm in _rotated(arms, run + (0 if one_at_a_time else i))
+            for arm in in_turn(arms, run + (0 if one_at_a_time else i))
         ]
         grid += [Point(arm, load, run, dataset) for arm, dataset, load in split]
         if one_at_a_time:
-            order = {arm: i for i, arm in enumerate(_rotated(arms, run))}
+            order = {arm: i for i, arm in enumerate(in_turn(arms, run))}
             grid.sort(key=lambda point: order[point.arm])  # stable
         found += grid
     return found
-
-
-def _rotated(arms: Sequence[str], by: int) -> list[str]:
-    by %= len(arms)
-    return [*arms[by:], *arms[:by]]
 
 
 class Results:

@@ -184,8 +184,7 @@ def main() -> None:
             ask(connect(server), prompts[0][1], 16, lambda *_: None)
             arms.append(Arm(name, spec, server, server.metrics()))
         for i, (domain, messages) in enumerate(prompts):
-            order = arms[i % len(arms) :] + arms[: i % len(arms)]
-            for arm in order:
+            for arm in common.in_turn(arms, i):
                 arm.ask(i, messages, args.max_tokens)
             print(f"{i + 1}/{len(prompts)} {domain}", end="\r", flush=True)
         result = summarise(arms, prompts, Path(args.target))

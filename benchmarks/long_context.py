@@ -21,7 +21,6 @@ its 95% interval) and provenance; long.png shows them. Arms are those of serve_s
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import _bench_common as common
+import _in_process as in_process
 from _conversations import Exchange, by_context
-from _in_process import build, draft_counts, set_environment
+from _in_process import build, draft_counts
 from _paired_turns import Turn
 from _sweep_arms import Arm, custom, named
 from _sweep_plots import DOTS_PER_INCH, load_axis
@@ -40,7 +40,6 @@ from rich.console import Console
 
 from vllm_dspark.calibration.plots import figure
 from vllm_dspark.cli.counting import counting
-from vllm_dspark.cli.signals import interrupt
 
 ARMS = ["none", "dspark-fixed-3", "dspark-fixed-7", "dspark-adaptive"]
 _LEAST_TOKENS = 8  # of an answer that is timed: fewer say nothing of its speed
@@ -51,15 +50,7 @@ class Engine:
 
     def __init__(self, arm: Arm, args: argparse.Namespace) -> None:
         self.name, self._asked = arm.name, 0
-        self._engine = build(
-            arm,
-            args.target,
-            args.kv_gib,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len,
-            max_num_seqs=1,
-            enable_prefix_caching=True,
-        )
+        self._engine = build(arm, args, max_num_seqs=1, enable_prefix_caching=True)
 
     def answer(self, ids: list[int], most: int) -> tuple[list[int], Turn]:
         """An answer's tokens, and what it took after the first of them."""
@@ -131,10 +122,9 @@ def hold(
     talk.begin()
     turn = 0
     while (ids := talk.ask()) is not None:
-        first = turn % len(engines)
         found = {
             engine.name: engine.answer(ids, args.answer_tokens)
-            for engine in [*engines[first:], *engines[:first]]
+            for engine in common.in_turn(engines, turn)
         }
         texts = {engine.name: found[engine.name][0] for engine in engines}
         reference = texts[engines[0].name]
@@ -201,21 +191,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    in_process.add_flags(parser, ARMS, 400, 8192, 0.6)
     add = parser.add_argument
-    add("--target", required=True)
-    add("--drafter", required=True)
-    add("--prompts", required=True, type=Path)
-    add("--out", required=True, type=Path)
-    add("--arms", nargs="+", default=ARMS, help="the first one is the reference")
     add("--arm", action="append", default=[], help="a further one, NAME=JSON")
     add("--domain", default="code", help="or a dataset")
     add("--conversations", type=int, default=2)
     add("--answer-tokens", type=int, default=160)
-    add("--max-prompt-tokens", type=int, default=400)
-    add("--max-model-len", type=int, default=8192)
-    add("--dtype", default="auto")
-    add("--kv-gib", type=float, default=0.6)
-    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.conversations < 1:
         raise ValueError(f"--conversations is {args.conversations}; at least 1")
@@ -233,7 +214,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and write what is there after every conversation."""
-    set_environment()
     args.out.mkdir(parents=True, exist_ok=True)
     talk = Conversations(args)
     arms = [named(name, args.drafter) for name in args.arms]
@@ -247,8 +227,7 @@ def run(args: argparse.Namespace) -> None:
             if not exchanges:
                 continue
             result = {
-                "settings": {k: str(v) for k, v in vars(args).items()},
-                "arms": [arm.as_json() for arm in arms],
+                **in_process.described(args, arms),
                 "contexts": by_context(exchanges),
                 "exchanges": [asdict(exchange) for exchange in exchanges],
             }
@@ -260,17 +239,5 @@ def run(args: argparse.Namespace) -> None:
     plot(by_context(exchanges), args.out / "long.png")
 
 
-def main() -> int:
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        run(parse())
-    except ValueError as error:
-        print(f"long_context: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_process.main("long_context", lambda: run(parse())))

@@ -28,7 +28,6 @@ load. Arms are those of serve_sweep.py.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -36,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import _bench_common as common
+import _in_process as in_process
 import numpy as np
-from _in_process import build, draft_counts, set_environment
+from _in_process import build, draft_counts
 from _paired_turns import Turn, summary
 from _sweep_arms import DEFAULT, Arm, named
 from _sweep_client import answer_tokens
@@ -45,7 +45,6 @@ from _sweep_plots import DOTS_PER_INCH, load_axis
 from _sweep_prompts import Prompt, Prompts, load_prompts
 
 from vllm_dspark.calibration.plots import figure
-from vllm_dspark.cli.signals import interrupt
 
 ARMS = [name for name in DEFAULT if name != "ngram"]
 LOADS = (64, 32, 16, 8, 4, 2, 1)
@@ -58,10 +57,7 @@ class Engine:
         self.name, self._prompts, self._args = arm.name, prompts, args
         self._engine = build(
             arm,
-            args.target,
-            args.kv_gib,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len,
+            args,
             max_num_seqs=max(args.concurrency),
             enable_prefix_caching=False,
         )
@@ -142,8 +138,7 @@ def measure(
             engine.step()
     at_least = max(load * args.turn_steps, args.turn_tokens)
     for i in range(args.turns):
-        first = i % len(engines)
-        for engine in [*engines[first:], *engines[:first]]:
+        for engine in common.in_turn(engines, i):
             turns[engine.name].append(engine.turn(load, at_least))
     for engine in engines:
         engine.drain()
@@ -197,23 +192,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    in_process.add_flags(parser, ARMS, 300, 1024, 1.0)
     add = parser.add_argument
-    add("--target", required=True)
-    add("--drafter", required=True)
-    add("--prompts", required=True, type=Path)
-    add("--out", required=True, type=Path)
-    add("--arms", nargs="+", default=ARMS, help="the first one is the reference")
     add("--concurrency", nargs="+", type=int, default=list(LOADS))
     add("--turns", type=int, default=12)
     add("--turn-steps", type=int, default=8)
     add("--turn-tokens", type=int, default=64)
     add("--start-steps", type=int, default=50)
     add("--output-tokens", type=int, default=128)
-    add("--max-prompt-tokens", type=int, default=300)
-    add("--max-model-len", type=int, default=1024)
-    add("--dtype", default="auto")
-    add("--kv-gib", type=float, default=1.0)
-    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("turns", "turn_steps", "turn_tokens", "output_tokens"):
         if getattr(args, name) < 1:
@@ -229,7 +215,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and write what is there after every load."""
-    set_environment()
     from transformers import AutoTokenizer
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -242,27 +227,11 @@ def run(args: argparse.Namespace) -> None:
     for load in args.concurrency:
         loads[load] = summary(measure(engines, load, args), load)
         show({load: loads[load]})
-        result = {
-            "settings": {k: str(v) for k, v in vars(args).items()},
-            "arms": [arm.as_json() for arm in arms],
-            "loads": loads,
-        }
+        result = {**in_process.described(args, arms), "loads": loads}
         common.write_json(args.out / "paired.json", result)
     plot(loads, arms[0].name, args.out / "paired.png")
     show(loads)
 
 
-def main() -> int:
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        run(parse())
-    except ValueError as error:
-        print(f"paired_load: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_process.main("paired_load", lambda: run(parse())))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class DraftingOptions:
-    """Settings of `drafting`, `probing` and `request_gate`.
+    """Settings of `drafting`, `other_lengths`, `probing` and `request_gate`.
 
     Steps are engine steps with requests that decode; a round is one request's part in
     a step that drafted for it.

@@ -15,6 +15,7 @@ from typing import Any
 
 from _sweep_arms import Arm
 
+from vllm_dspark.cli.settings import intel_openmp
 from vllm_dspark.cli.signals import interrupt
 
 # Before vLLM is imported: engines in this process, their threads bound to no core.
@@ -45,6 +46,19 @@ def add_flags(
     add("--dtype", default="auto")
     add("--kv-gib", type=float, default=kv_gib)
     add("--seed", type=int, default=0)
+
+
+def preload() -> None:
+    """Begin this script again with Intel's OpenMP, as the servers have it, if it lacks.
+
+    vLLM asks for it where it speculates on CPUs; it must be there before Python starts.
+    """
+    wanted = intel_openmp()
+    loaded = os.environ.get("LD_PRELOAD", "")
+    if wanted is None or wanted.name in loaded:
+        return
+    os.environ["LD_PRELOAD"] = ":".join(filter(None, (str(wanted), loaded)))
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def main(name: str, run: Callable[[], None]) -> int:

@@ -30,7 +30,7 @@ from typing import Any
 
 import _bench_common as common
 import _in_process as in_process
-from _conversations import Exchange, by_context
+from _conversations import SHORTEST, Exchange, by_context
 from _in_process import build, draft_counts
 from _paired_turns import Turn
 from _sweep_arms import Arm, custom, named
@@ -38,6 +38,7 @@ from _sweep_plots import DOTS_PER_INCH, load_axis
 from _sweep_prompts import Prompts, load_prompts
 from rich.console import Console
 
+from vllm_dspark import provenance
 from vllm_dspark.calibration.plots import figure
 from vllm_dspark.cli.counting import counting
 
@@ -213,25 +214,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, and write what is there after every conversation."""
+    """Measure, and write what is there after every answer."""
     args.out.mkdir(parents=True, exist_ok=True)
     talk = Conversations(args)
     arms = [named(name, args.drafter) for name in args.arms]
     arms += [custom(text) for text in args.arm]
     engines = [Engine(arm, args) for arm in arms]
     exchanges: list[Exchange] = []
-    with counting(Console(), "conversations", args.conversations) as advance:
+    collected = provenance.collect()
+    parts = args.max_model_len // SHORTEST
+    with counting(
+        Console(), f"{SHORTEST} tokens of context", args.conversations * parts
+    ) as advance:
         for number in range(args.conversations):
-            exchanges += hold(engines, args, number, talk)
-            advance()
-            if not exchanges:
-                continue
-            result = {
-                **in_process.described(args, arms),
-                "contexts": by_context(exchanges),
-                "exchanges": [asdict(exchange) for exchange in exchanges],
-            }
-            common.write_json(args.out / "long.json", result)
+            done = 0
+            for exchange in hold(engines, args, number, talk):
+                exchanges.append(exchange)
+                result = {
+                    **in_process.described(args, arms),
+                    "contexts": by_context(exchanges),
+                    "exchanges": [asdict(exchange) for exchange in exchanges],
+                    "provenance": collected,
+                }
+                provenance.write_json(args.out / "long.json", result)
+                for _ in range(exchange.context // SHORTEST - done):
+                    advance()
+                done = exchange.context // SHORTEST
+            for _ in range(parts - done):
+                advance()
     if not exchanges:
         print(f"no answer had {_LEAST_TOKENS} tokens")
         return
@@ -240,4 +250,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    in_process.preload()
     sys.exit(in_process.main("long_context", lambda: run(parse())))

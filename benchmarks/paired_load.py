@@ -234,4 +234,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    in_process.preload()
     sys.exit(in_process.main("paired_load", lambda: run(parse())))

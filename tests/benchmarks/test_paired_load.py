@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
+import _in_process
 import paired_load
 import pytest
 from _paired_turns import Turn, paired, prompt_weight, summary
@@ -78,3 +81,28 @@ def test_wrong_values_are_refused(typed: list[str], says: str) -> None:
     needed = "--target T --drafter D --prompts P --out O".split()  # noqa: SIM905
     with pytest.raises(ValueError, match=says):
         paired_load.parse([*needed, *typed])
+
+
+@pytest.mark.parametrize("loaded", ["", "/lib/other.so"])
+def test_engines_run_on_the_servers_openmp(
+    loaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script begins again with it, once."""
+    begun: list[tuple[str, list[str], str]] = []
+    monkeypatch.setenv("LD_PRELOAD", loaded)
+    monkeypatch.setattr(
+        "os.execv",
+        lambda file, argv: begun.append((file, argv, os.environ["LD_PRELOAD"])),
+    )
+    monkeypatch.setattr(_in_process, "intel_openmp", lambda: Path("/x/libiomp5.so"))
+    monkeypatch.setattr("sys.argv", ["paired_load.py", "--out", "x"])
+    _in_process.preload()
+    (file, argv, preloaded) = begun.pop()
+    assert file == sys.executable and argv == [sys.executable, *sys.argv]
+    assert preloaded.split(":") == ["/x/libiomp5.so", *filter(None, [loaded])]
+    _in_process.preload()  # it is there now
+    assert not begun
+    monkeypatch.setenv("LD_PRELOAD", loaded)
+    monkeypatch.setattr(_in_process, "intel_openmp", lambda: None)
+    _in_process.preload()  # not installed: as it was
+    assert not begun and os.environ["LD_PRELOAD"] == loaded

@@ -14,6 +14,8 @@ from _sweep_plots import DOTS_PER_INCH
 from _sweep_report import figures, number
 from _sweep_summary import BEST, SUBJECT
 
+from vllm_dspark import provenance
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; color: #222; background: #fff; }
@@ -230,6 +232,7 @@ def _texts(found: dict[str, Any] | None) -> str:
 
 def _provenance(result: dict[str, Any]) -> str:
     kept = {key: result[key] for key in ("settings", "provenance", "idle_cores")}
+    kept = provenance.portable(kept)  # a page is passed on
     text = html.escape(json.dumps(kept, indent=1, ensure_ascii=False))
     return (
         "<h2>Where this comes from</h2><details><summary>Settings, versions, machine"

@@ -147,6 +147,7 @@ def test_arms_do_equal_work_and_the_figures_are_the_servers(sweep, monkeypatch):
     page = Path("out", "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5 and "<link" not in page
     assert "1 of 1 equal" in page and 'src="http' not in page
+    assert str(Path.cwd()) not in page and str(Path.home()) not in page
 
 
 def number_halted() -> int:

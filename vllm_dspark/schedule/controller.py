@@ -43,6 +43,8 @@ from vllm_dspark.schedule.step import (
 
 # Beyond, predictions say little, and would never let drafting be tried.
 _MOST_DOUBT = 0.3
+# While a step drafts for these reasons its outcomes are waited for.
+_WAITING = (Reason.PROBE, Reason.NO_HISTORY)
 
 
 class Controller:
@@ -111,7 +113,8 @@ class Controller:
             return DraftPlan(self.width, Reason.PAYS)
         assert self.prices is not None
         live, costs = self.prices.live, self.prices.costs
-        made = self._forecaster.of(batch, self._rounds_seen > 0, live.snapshot(), costs)
+        news, urgent = self._rounds_seen > 0, self._choice.reason in _WAITING
+        made = self._forecaster.of(batch, news, urgent, live.snapshot(), costs)
         hopeful = None  # a goal comes before throughput
         if self.drafting.starting and made.reaches is None:
             limits = self._hope.survival()
@@ -145,12 +148,23 @@ class Controller:
             batch: the step.
             positions: drafted at its end, which its round pays for as well.
         """
-        step, made = self._verify_step(batch, positions)
-        plan = self._plan(step)
-        self._count_step(plan.reason, len(batch.ids), positions)
-        num_drafts = np.minimum(batch.num_drafts, step.survival.shape[1])
+        num_reqs = len(batch.ids)
+        if self._nothing_at_hand(batch):
+            made, plan = None, planner.unpriced(num_reqs)
+            if num_reqs:
+                self.survival.rest()
+        else:
+            step, made = self._verify_step(batch, positions)
+            plan = self._plan(step)
+        self._count_step(plan.reason, num_reqs, positions)
+        num_drafts = np.minimum(batch.num_drafts, self.width)
         self._count_lengths(num_drafts, plan.verify_lens)
         return plan, made
+
+    def _nothing_at_hand(self, batch: Batch) -> bool:
+        """Whether there is nothing to choose, as in most steps of a bypass."""
+        plans = self.adapts and self.lengths is not Lengths.ALL
+        return plans and not (batch.num_drafts.any() or batch.slo_tps.any())
 
     def _verify_step(
         self, batch: Batch, positions: int

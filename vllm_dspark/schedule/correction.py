@@ -82,6 +82,7 @@ class LiveCost:
             [self._draft_row(r, k) for r in table.requests for k in table.positions]
         )
         self._errors: deque[float] = deque(maxlen=_WINDOW)
+        self._error = 0, math.nan  # and after how many observations
         self._snapshot = table
         self._snapshot_x = self._filter.x.copy()
         self._snapshot_at = 0
@@ -154,9 +155,13 @@ class LiveCost:
     def error(self) -> float:
         """Median of |predicted / observed - 1| over the last observations, or NaN.
 
-        Predicted is what was known before each observation.
+        Predicted is what was known before each observation. Found anew every few.
         """
-        return float(np.median(self._errors)) if self._errors else math.nan
+        at, error = self._error
+        if math.isnan(error) or self.observed - at >= _SNAPSHOT_EVERY:
+            error = float(np.median(self._errors)) if self._errors else math.nan
+            self._error = self.observed, error
+        return error
 
     def _learn(self, row: Floats, predicted: float, seconds: float, place: int) -> None:
         self.observed += 1

@@ -1,7 +1,8 @@
 """What each draft length promises, worked out anew only where there is news.
 
-Planning takes time from the step, most of all from a short one. In a bypass no outcome
-comes in, and from step to step only the contexts grow: the forecast is kept for a few.
+Planning takes time from the step, most of all from a short one. From step to step the
+contexts grow, and outcomes move histories a little: a forecast is kept for a few steps,
+unless its outcomes are being waited for (a probe's).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from vllm_dspark.schedule.draft_length import DraftCost, Lengths, best_draft_len
 from vllm_dspark.schedule.facts import Batch
 from vllm_dspark.schedule.step import Floats, StepCost, VerifyStep
 
-_KEPT = 8  # steps
+# Steps that a forecast is kept for at most, and where outcomes came in since.
+_KEPT, _KEPT_WITH_NEWS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ class Forecaster:
         self._survival, self._lengths = survival, lengths
         self._made: Forecast | None = None
         self._of: tuple[Batch, CostTable] | None = None
-        self._age = 0
+        self._age, self._news = 0, False
 
     def of(
         self,
         batch: Batch,
         news: bool,
+        urgent: bool,
         table: CostTable,
         costs: Callable[[Batch], tuple[StepCost, DraftCost]],
     ) -> Forecast:
@@ -65,15 +68,19 @@ class Forecaster:
 
         Args:
             batch: with at least one request.
-            news: outcomes came in since the last forecast.
+            news: outcomes came in since the last step.
+            urgent: they are waited for.
             table: the costs are by it; another one is news.
             costs: of steps and of drafting, for a batch.
         """
         self._age += 1
+        self._news |= news
         kept = self._made
-        if kept is None or news or self._age >= _KEPT or self._differs(batch, table):
+        due = self._age >= (_KEPT_WITH_NEWS if self._news else _KEPT)
+        due |= urgent and self._news
+        if kept is None or due or self._differs(batch, table):
             kept = self._made = self._make(batch, *costs(batch))
-            self._of, self._age = (batch, table), 0
+            self._of, self._age, self._news = (batch, table), 0, False
         return kept
 
     def hopeful(

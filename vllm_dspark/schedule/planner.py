@@ -31,6 +31,7 @@ budgets may not depend on any of the step's drafts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,6 +161,12 @@ def nothing(step: VerifyStep) -> VerifyPlan:
     missed = step.num_reqs > 0 and bool(np.any(1.0 / seconds < step.slo_tps))
     reason = Stop.GOAL_MISSED if missed else Stop.ALL
     return VerifyPlan(lens, float(step.num_reqs), seconds, reason, 0)
+
+
+def unpriced(num_reqs: int) -> VerifyPlan:
+    """The same for so many requests without goals, in no time: what it takes is NaN."""
+    lens = np.zeros(num_reqs, dtype=np.int64)
+    return VerifyPlan(lens, float(num_reqs), math.nan, Stop.ALL, 0)
 
 
 def fixed(step: VerifyStep, length: int | None = None) -> VerifyPlan:

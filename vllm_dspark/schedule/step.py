@@ -108,7 +108,8 @@ class VerifyPlan:
     Args:
         verify_lens: ``[R]`` int64, ℓ of each request.
         tokens: expected from the R requests, corrected and bonus tokens included.
-        seconds: predicted for the round, extra seconds included.
+        seconds: predicted for the round, extra seconds included; NaN where nothing
+            had to be priced.
         reason: why it is not more.
         invalid: survivals that were no probability, among the drafts there are.
     """

@@ -78,6 +78,16 @@ def test_another_batch_or_table_is_news() -> None:
     assert forecasts.steps(1, replace(batch(3), prefill_tokens=5)) == 1
 
 
+def test_in_a_large_batch_requests_come_and_go() -> None:
+    forecasts = Forecasts()
+    forecasts.steps(1, batch(32))
+    other = replace(batch(32), ids=tuple(map(str, range(1, 33))))
+    assert forecasts.steps(1, other) == forecasts.steps(1, batch(36)) == 0
+    assert forecasts.steps(1, batch(37)) == 1
+    assert forecasts.steps(1, batch(36, goal=5.0)) == 1  # whose goal is whose?
+    assert forecasts.steps(1, batch(15)) == forecasts.steps(1, batch(14)) == 1
+
+
 def test_a_probe_is_judged_by_its_own_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forecasts are made in each step that follows one of a probe's."""
     controller = Controller(WIDTH)

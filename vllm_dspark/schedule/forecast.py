@@ -22,6 +22,8 @@ from vllm_dspark.schedule.step import Floats, StepCost, VerifyStep
 
 # Steps that a forecast is kept for at most, and where outcomes came in since.
 _KEPT, _KEPT_WITH_NEWS = 8, 4
+# Requests from which one more or less, up to an eighth of them, changes little.
+_MANY = 16
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,12 @@ class Forecaster:
         assert self._of is not None
         before, priced = self._of
         same = table is priced and batch.prefill_tokens == before.prefill_tokens
-        return not same or batch.ids != before.ids
+        if batch.ids == before.ids:
+            return not same
+        # In a large batch there is a new request in nearly every step.
+        n, was = len(batch.ids), len(before.ids)
+        alike = was >= _MANY and _MANY * abs(n - was) <= 2 * was
+        return not (same and alike) or bool(batch.slo_tps.any() or before.slo_tps.any())
 
     def _make(self, batch: Batch, cost: StepCost, draft_cost: DraftCost) -> Forecast:
         history = self._survival.history(batch.ids, batch.temperatures)

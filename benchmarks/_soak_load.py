@@ -63,7 +63,7 @@ class Load:
         Args:
             clients: at once.
             seconds: then the last requests are awaited.
-            watch: called every few seconds with the seconds that are over.
+            watch: called every second or so with the seconds that are over.
         """
         threads = [
             threading.Thread(target=self._client, args=(i,), daemon=True)
@@ -75,7 +75,7 @@ class Load:
         try:
             while (over := time.monotonic() - start) < seconds and not self.failures:
                 watch(over)
-                time.sleep(min(5, max(0, seconds - over)))
+                time.sleep(min(1, max(0, seconds - over)))
         finally:
             self.stop.set()
         for thread in threads:

@@ -155,10 +155,9 @@ def _error(samples: Sequence[Sample]) -> float:
 def balance(before: Metrics, after: Metrics, width: int) -> list[dict[str, Any]]:
     """What must agree among the counts of an idle server, before and after the load.
 
-    A round emits its accepted drafts and one token more; beside rounds, tokens come
-    from steps that end a prompt, one each: those of every request, and again of every
-    preempted one. A request that ends in a round (stop, length, abort) may not emit
-    all of it, up to γ + 1 tokens.
+    A request's first token comes with its prompt; every decoding step of it after that
+    (vLLM counts their latencies) emits its accepted drafts and one token more. A
+    request that ends in a step may not emit all of it: up to γ tokens are cut.
 
     Args:
         before, after: ``/metrics``, no request running.
@@ -176,7 +175,8 @@ def balance(before: Metrics, after: Metrics, width: int) -> list[dict[str, Any]]
 
     accepted, verified = ours("accepted_tokens_total"), ours("verified_tokens_total")
     ended = grown("vllm:request_success_total")
-    prompts = ended + grown("vllm:num_preemptions_total")
+    steps = grown("vllm:inter_token_latency_seconds_count")
+    first = grown("vllm:time_to_first_token_seconds_count")
     rows: list[tuple[str, float, float, float]] = [
         ("accepted = vLLM's", accepted, grown(SPEC + "accepted_tokens_total"), 0),
         (
@@ -204,11 +204,12 @@ def balance(before: Metrics, after: Metrics, width: int) -> list[dict[str, Any]]
             ours("steps_total"),
             math.inf,
         ),
+        ("rounds <= decoding steps", ours("rounds_total"), steps, math.inf),
         (
-            "emitted = rounds + accepted + prompts ended",
+            "emitted = first tokens + decoding steps + accepted",
             grown("vllm:generation_tokens_total"),
-            ours("rounds_total") + accepted + prompts,
-            (width + 1) * ended,
+            first + steps + accepted,
+            width * ended,
         ),
     ]
     return [

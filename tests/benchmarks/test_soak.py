@@ -34,8 +34,8 @@ def test_a_soak(
     assert found["totals"]["vllm:generation_tokens_total"] > 100
     emitted = found["balance"][-1]
     assert emitted["holds"] and emitted["left"] > 0
-    assert len(found["samples"]) >= 10 and found["samples"][-1]["rss_mib"] > 100
-    assert found["steadiness"]["rss_mib"]["slope_standard_error"] >= 0
+    assert len(found["samples"]) >= 3 and found["samples"][-1]["rss_mib"] > 100
+    assert all(row["holds"] for row in found["balance"])
     assert (out / "soak.png").stat().st_size > 10_000
     assert found["provenance"]["command"]
 
@@ -66,7 +66,7 @@ def test_a_leak_is_told_from_warming_up(leak: float) -> None:
 
 
 def metrics(**changed: float) -> Metrics:
-    """Of 10 requests, 2 preempted: 100 rounds, 60 of 90 verified drafts accepted."""
+    """Of 10 requests: 100 rounds of 102 steps, 60 of 90 verified drafts accepted."""
     values = {
         PREFIX + "accepted_tokens_total": 60,
         SPEC + "accepted_tokens_total": 60,
@@ -79,7 +79,8 @@ def metrics(**changed: float) -> Metrics:
         PREFIX + "steps_total": 45,
         PREFIX + "rounds_total": 100,
         "vllm:request_success_total": 10,
-        "vllm:num_preemptions_total": 2,
+        "vllm:inter_token_latency_seconds_count": 102,
+        "vllm:time_to_first_token_seconds_count": 10,
         "vllm:generation_tokens_total": 170,
     }
     assert set(changed) <= set(values)
@@ -91,7 +92,7 @@ def test_counts_that_agree() -> None:
     assert all(row["holds"] and row["left"] == 0 for row in rows)
     rows = balance({}, metrics(), width=7)
     assert all(row["holds"] for row in rows), rows
-    assert rows[-1]["right"] == 100 + 60 + 12
+    assert rows[-1]["right"] == 10 + 102 + 60
 
 
 @pytest.mark.parametrize(
@@ -102,8 +103,9 @@ def test_counts_that_agree() -> None:
         (SPEC + "draft_tokens_total", 91, "verified = vLLM's draft tokens"),
         (PREFIX + "drafted_tokens_total", 109, "verified + trimmed <= drafted"),
         (PREFIX + "steps_total", 39, "steps by reason <= steps"),
-        ("vllm:generation_tokens_total", 173, "emitted = rounds"),
-        ("vllm:generation_tokens_total", 91, "emitted = rounds"),
+        (PREFIX + "rounds_total", 103, "rounds <= decoding steps"),
+        ("vllm:generation_tokens_total", 173, "emitted = first"),
+        ("vllm:generation_tokens_total", 101, "emitted = first"),
     ],
 )
 def test_counts_that_do_not(name: str, value: float, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,7 @@ def outcome(
     step: Any,
     output: Any,
     verify_lens: dict[str, int] | None,
+    gone: Container[str] = (),
 ) -> Outcome:
     """What became of a step's drafts.
 
@@ -120,13 +122,15 @@ def outcome(
         step: vLLM's ``SchedulerOutput``.
         output: vLLM's ``ModelRunnerOutput``.
         verify_lens: drafts verified by request, where the device chose.
+        gone: requests that ended while the step was computed; vLLM counts nothing of
+            them, as what they emitted reaches nobody.
     """
     verified = np.zeros(len(planned.ids), dtype=np.int64)
     accepted, emitting = np.zeros_like(verified), np.zeros_like(verified)
     invalid = step.num_invalid_spec_tokens or {}  # outside of a grammar: padding
     for i, req_id in enumerate(planned.ids):
         row = output.req_id_to_index.get(req_id)
-        if row is None or not output.sampled_token_ids:
+        if row is None or not output.sampled_token_ids or req_id in gone:
             continue
         emitted = len(output.sampled_token_ids[row])
         drafts = len(step.scheduled_spec_decode_tokens.get(req_id, ()))

@@ -182,7 +182,8 @@ class Steering:
         report: StepReport | None,
     ) -> None:
         lens = None if report is None else report.verify_lens
-        found = outcome(planned, step, output, lens)
+        gone = {i for i in planned.ids if self._has_ended(i)}
+        found = outcome(planned, step, output, lens, gone)
         made = self._prediction(planned, found)
         if made is None:
             return
@@ -195,6 +196,10 @@ class Steering:
             if request is not None and request.spec_decode_metrics is not None:
                 counts = (planned.num_drafts[i], verified[i], accepted[i])
                 stats.count_round(request, *map(int, counts))
+
+    def _has_ended(self, req_id: str) -> bool:
+        request = self.requests.get(req_id)
+        return request is None or request.is_finished()
 
     def _prediction(self, planned: Planned, found: Outcome) -> Prediction | None:
         """What the verified drafts were expected to do."""

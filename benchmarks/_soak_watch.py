@@ -117,7 +117,7 @@ def steadiness(samples: Sequence[Sample]) -> dict[str, Any]:
         ``rss_mib``: at the first sample, after the warm-up and at the end, and
         ``slope_per_hour`` (MiB, least squares) with its standard error; ``tau`` in the
         two halves of what comes after the warm-up; ``calibration_error``, the mean over
-        samples and the first three positions, in both halves. None if there are fewer
+        samples and the first three positions, in both halves. Empty if there are fewer
         than six samples after the warm-up.
     """
     late = [s for s in samples if s.seconds >= WARM_UP * samples[-1].seconds]

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ import _bench_common as common
 from _soak_load import Load, connect
 from _soak_watch import SPEC, Watch, as_rows, balance, plot, steadiness, total
 
-from vllm_dspark.cli.server import Server, speculative_arguments
+from vllm_dspark.cli.server import Metrics, Server, speculative_arguments
 from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
+from vllm_dspark.metrics import PREFIX
 
 # Totals that say what the load was like.
 TOTALS = (
@@ -38,6 +40,9 @@ TOTALS = (
     "vllm:generation_tokens_total",
     "vllm:prompt_tokens_total",
 )
+RUNNING = "vllm:num_requests_running"
+MOVING = ("vllm:generation_tokens_total", PREFIX + "steps_total")
+PATIENCE = 60  # seconds
 WARM_UP = 2, 8  # prompts and tokens that are asked before anything is counted
 
 
@@ -58,6 +63,22 @@ def probe(server: Server, prompts: list[Any], tokens: int) -> dict[str, Any]:
     )
     tau = 1 + accepted / rounds if rounds else 1.0
     return {"texts": texts, "tau": tau, "rounds": rounds}
+
+
+def at_rest(server: Server) -> Metrics:
+    """``/metrics`` when no request runs and no count moves any more.
+
+    Streams that were dropped end a moment later, and counts are told once a second.
+    """
+    before: Metrics = {}
+    for _ in range(PATIENCE):
+        time.sleep(1)
+        after = server.metrics()
+        idle = not total(after, RUNNING)
+        if idle and all(total(before, n) == total(after, n) for n in MOVING):
+            return after
+        before = after
+    raise ValueError(f"requests still run {PATIENCE} s after the last was answered")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,12 +133,12 @@ def soak(
     first = probe(server, prompts, args.probe_tokens)
     print(f"before: τ {first['tau']:.4f} over {first['rounds']:.0f} rounds")
     load = Load(server, prompts, seed=1)
-    before = server.metrics()
+    before = at_rest(server)
     watch = Watch(
         server.metrics, server.pid, load.counts.total, every=args.sample_seconds
     )
     load.run(args.clients, 60 * args.minutes, watch)
-    after = server.metrics()
+    after = at_rest(server)
     last = probe(server, prompts, args.probe_tokens)
     plot(watch.samples, args.out / "soak.png")
     width = json.loads((Path(args.drafter) / "config.json").read_text())["block_size"]

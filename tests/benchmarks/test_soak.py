@@ -150,3 +150,24 @@ def test_the_first_failure_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_options_that_cannot_be(more: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         soak.parse(["--target", "T", "--drafter", "D", "--out", "O", *more])
+
+
+def test_counts_are_read_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while a dropped stream still runs, nor before the last count is told."""
+    readings = [(1, 10, 5), (0, 11, 5), (0, 11, 6), (0, 11, 6), (0, 99, 99)]
+
+    class Ending:
+        def metrics(self) -> Metrics:
+            running, tokens, steps = readings.pop(0)
+            names = (soak.RUNNING, *soak.MOVING)
+            return {
+                (name, ()): float(value)
+                for name, value in zip(names, (running, tokens, steps), strict=True)
+            }
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    found = soak.at_rest(Ending())  # type: ignore[arg-type]
+    assert found[(soak.MOVING[1], ())] == 6 and len(readings) == 1
+    readings[:] = [(1, 0, 0)] * soak.PATIENCE
+    with pytest.raises(ValueError, match="still run"):
+        soak.at_rest(Ending())  # type: ignore[arg-type]

@@ -6,16 +6,17 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _bench_common  # noqa: F401  (makes the package importable)
 import numpy as np
 import psutil
+from _sweep_fleet import family
 
 from vllm_dspark.calibration.plots import figure
-from vllm_dspark.cli.server import Metrics
+from vllm_dspark.cli.server import Metrics, total
 from vllm_dspark.metrics import PREFIX
 
 SPEC = "vllm:spec_decode_num_"
@@ -43,16 +44,10 @@ class Sample:
     calibration_error: list[float]
 
 
-def total(metrics: Metrics, name: str) -> float:
-    """A metric's sum over its labels; 0 where it is missing."""
-    return sum(value for (found, _), value in metrics.items() if found == name)
-
-
 def rss_mib(pid: int) -> float:
     """Resident memory of a process and its descendants."""
-    parent = psutil.Process(pid)
     size = 0
-    for process in (parent, *parent.children(recursive=True)):
+    for process in family(pid):
         try:
             size += process.memory_info().rss
         except psutil.NoSuchProcess:  # it ended just now
@@ -246,8 +241,3 @@ def plot(samples: Sequence[Sample], path: Path) -> None:
     for axis in lines:
         axis.set_xlabel("minutes")
     drawing.savefig(path, dpi=110)
-
-
-def as_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [asdict(sample) for sample in samples]

@@ -230,7 +230,7 @@ def available_gib() -> float:
 
 def own_gib(server: Server) -> float:
     """Memory that a server and its children share with nobody, GiB."""
-    sizes = [process.memory_full_info().uss for process in _family(server)]
+    sizes = [process.memory_full_info().uss for process in family(server.pid)]
     return float(sum(sizes)) / 2**30
 
 
@@ -238,7 +238,7 @@ def idle_load(servers: Mapping[str, Server], seconds: float = 5.0) -> dict[str, 
     """Cores that each idle server keeps busy; an honest sweep needs about none."""
 
     def used(server: Server) -> float:
-        return float(sum(sum(p.cpu_times()[:2]) for p in _family(server)))
+        return float(sum(sum(p.cpu_times()[:2]) for p in family(server.pid)))
 
     time.sleep(1)  # OpenMP threads spin for a moment after their last work
     before = {name: used(server) for name, server in servers.items()}
@@ -252,6 +252,7 @@ def _signal(server: Server, which: signal.Signals) -> None:
         os.killpg(server.pid, which)
 
 
-def _family(server: Server) -> list[psutil.Process]:
-    root = psutil.Process(server.pid)
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that come from it."""
+    root = psutil.Process(pid)
     return [root, *root.children(recursive=True)]

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import _bench_common as common
 
 from tests.tiny import make_tiny_drafter, make_tiny_target, make_tiny_tokenizer
-from vllm_dspark.cli.server import Server, speculative_arguments
+from vllm_dspark.cli.server import Server, speculative_arguments, total
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 PATHS += ("/v1/models", "/health", "/metrics")
@@ -254,10 +254,6 @@ def answers(server: Server) -> bool:
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return bool(json.load(answer)["choices"])
-
-
-def total(metrics: dict[Any, float], name: str) -> float:
-    return sum(value for (metric, _), value in metrics.items() if metric == name)
 
 
 def arguments() -> argparse.Namespace:

@@ -19,19 +19,21 @@ judged: how steady they can be is the load's affair, too.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import _bench_common as common
 from _soak_load import Load, connect
-from _soak_watch import SPEC, Watch, as_rows, balance, plot, steadiness, total
+from _soak_watch import Watch, balance, plot, steadiness
 
-from vllm_dspark.cli.server import Metrics, Server, speculative_arguments
+from vllm_dspark.cli.arms import speculation_between
+from vllm_dspark.cli.server import Metrics, Server, speculative_arguments, total
 from vllm_dspark.cli.settings import SERVER_ENVIRONMENT
 from vllm_dspark.metrics import PREFIX
+from vllm_dspark.model.checkpoint import load_config
 
 # Totals that say what the load was like.
 TOTALS = (
@@ -57,12 +59,10 @@ def probe(server: Server, prompts: list[Any], tokens: int) -> dict[str, Any]:
         )
         texts.append(answer.choices[0].message.content)
     after = server.metrics()
-    rounds, accepted = (
-        total(after, SPEC + name) - total(before, SPEC + name)
-        for name in ("drafts_total", "accepted_tokens_total")
-    )
-    tau = 1 + accepted / rounds if rounds else 1.0
-    return {"texts": texts, "tau": tau, "rounds": rounds}
+    counted = speculation_between(before, after)
+    assert counted is not None, "a server with DSpark has these counters"
+    tau = counted.accepted_length or 1.0
+    return {"texts": texts, "tau": tau, "rounds": counted.rounds}
 
 
 def at_rest(server: Server) -> Metrics:
@@ -141,7 +141,7 @@ def soak(
     after = at_rest(server)
     last = probe(server, prompts, args.probe_tokens)
     plot(watch.samples, args.out / "soak.png")
-    width = json.loads((Path(args.drafter) / "config.json").read_text())["block_size"]
+    width = load_config(args.drafter).block_size
     return {
         "tau_before": first["tau"],
         "tau_after": last["tau"],
@@ -153,7 +153,7 @@ def soak(
         "totals": {name: total(after, name) - total(before, name) for name in TOTALS},
         "steadiness": steadiness(watch.samples),
         "balance": balance(before, after, width),
-        "samples": as_rows(watch.samples),
+        "samples": [asdict(sample) for sample in watch.samples],
     }
 
 

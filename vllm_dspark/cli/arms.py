@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_dspark.cli.server import Metrics, Server
+from vllm_dspark.cli.server import Metrics, Server, total
 
 _DRAFTS = "vllm:spec_decode_num_drafts_total"
 _DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
@@ -164,14 +164,7 @@ def speculation_between(before: Metrics, after: Metrics) -> Speculation | None:
     """Speculation counters of what happened between two readings of ``/metrics``."""
 
     def count(name: str, **labels: str) -> int:
-        def total(metrics: Metrics) -> float:
-            return sum(
-                value
-                for (sample, found), value in metrics.items()
-                if sample == name and set(labels.items()) <= set(found)
-            )
-
-        return round(total(after) - total(before))
+        return round(total(after, name, **labels) - total(before, name, **labels))
 
     positions = {
         int(dict(labels)["position"]) for name, labels in after if name == _PER_POSITION

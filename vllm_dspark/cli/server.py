@@ -219,6 +219,15 @@ def read_metrics(url: str) -> Metrics:
     }
 
 
+def total(metrics: Metrics, name: str, **labels: str) -> float:
+    """Sum of a metric's samples that have these labels; 0 where there is none."""
+    return sum(
+        value
+        for (sample, found), value in metrics.items()
+        if sample == name and set(labels.items()) <= set(found)
+    )
+
+
 def speculative_arguments(config: Mapping[str, Any] | None) -> list[str]:
     """`vllm serve` arguments for a speculative config, none for None."""
     return ["--speculative-config", json.dumps(config)] if config else []

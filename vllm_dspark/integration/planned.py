@@ -113,7 +113,7 @@ def outcome(
     step: Any,
     output: Any,
     verify_lens: dict[str, int] | None,
-    gone: Container[str] = (),
+    gone: Container[str],
 ) -> Outcome:
     """What became of a step's drafts.
 

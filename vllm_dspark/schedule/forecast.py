@@ -105,7 +105,7 @@ class Forecaster:
             return not same
         # In a large batch there is a new request in nearly every step.
         n, was = len(batch.ids), len(before.ids)
-        alike = was >= _MANY and _MANY * abs(n - was) <= 2 * was
+        alike = was >= _MANY and 8 * abs(n - was) <= was
         return not (same and alike) or bool(batch.slo_tps.any() or before.slo_tps.any())
 
     def _make(self, batch: Batch, cost: StepCost, draft_cost: DraftCost) -> Forecast:

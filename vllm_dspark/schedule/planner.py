@@ -32,7 +32,7 @@ budgets may not depend on any of the step's drafts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -157,10 +157,9 @@ def plan_within(step: VerifyStep, budget: Budget) -> VerifyPlan:
 def nothing(step: VerifyStep) -> VerifyPlan:
     """The plan of a step without drafts: there is nothing to choose."""
     seconds = _price(step, 0)
-    lens = np.zeros(step.num_reqs, dtype=np.int64)
     missed = step.num_reqs > 0 and bool(np.any(1.0 / seconds < step.slo_tps))
     reason = Stop.GOAL_MISSED if missed else Stop.ALL
-    return VerifyPlan(lens, float(step.num_reqs), seconds, reason, 0)
+    return replace(unpriced(step.num_reqs), seconds=seconds, reason=reason)
 
 
 def unpriced(num_reqs: int) -> VerifyPlan:

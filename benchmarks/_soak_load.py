@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import _bench_common  # noqa: F401  (makes the package importable)
@@ -47,10 +47,18 @@ class Load:
         server: where to.
         prompts: messages to choose from.
         seed: of the choices.
+        kinds: of requests that are sent.
     """
 
-    def __init__(self, server: Server, prompts: list[Any], seed: int) -> None:
+    def __init__(
+        self,
+        server: Server,
+        prompts: list[Any],
+        seed: int,
+        kinds: Sequence[str] = KINDS,
+    ) -> None:
         self.server, self.prompts, self.seed = server, prompts, seed
+        self.kinds = kinds
         self.stop = threading.Event()
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -85,7 +93,7 @@ class Load:
         rng = random.Random(self.seed * 100 + number)
         client = connect(self.server)
         while not self.stop.wait(rng.expovariate(1 / _PAUSE)):
-            kind = rng.choice(KINDS)
+            kind = rng.choice(self.kinds)
             try:
                 getattr(self, f"_{kind}")(client, rng)
                 self.counts[kind] += 1

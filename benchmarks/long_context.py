@@ -8,7 +8,9 @@ target's answers, until it fills --max-model-len. The engines of all arms live i
 process and answer each question in turn, another one first each time, alone and
 greedily, with prefix caching; the conversation goes on with the answer of the first
 arm, the reference. An answer is timed from its first token to its last: what reading
-the prompt takes is not in it. Ratios are of the same answer at the same moment.
+the prompt takes is not in it. Ratios are of the same answer at the same moment. With
+--every N only each Nth question is put to all arms, the others to the reference: long
+conversations in less time.
 
 --out holds long.json with every answer, the figures by context (tokens per step, share
 of the verified drafts that were accepted, drafts made and verified per step, ratio with
@@ -123,14 +125,15 @@ def hold(
     talk.begin()
     turn = 0
     while (ids := talk.ask()) is not None:
+        timed, rest = divmod(turn, args.every)
+        asked = engines[:1] if rest else common.in_turn(engines, timed)
         found = {
-            engine.name: engine.answer(ids, args.answer_tokens)
-            for engine in common.in_turn(engines, turn)
+            engine.name: engine.answer(ids, args.answer_tokens) for engine in asked
         }
-        texts = {engine.name: found[engine.name][0] for engine in engines}
-        reference = texts[engines[0].name]
-        turns = {engine.name: found[engine.name][1] for engine in engines}
-        if min(t.tokens for t in turns.values()) >= _LEAST_TOKENS:
+        reference = found[engines[0].name][0]
+        if not rest and min(t.tokens for _, t in found.values()) >= _LEAST_TOKENS:
+            texts = {engine.name: found[engine.name][0] for engine in engines}
+            turns = {engine.name: found[engine.name][1] for engine in engines}
             same = [name for name, text in texts.items() if text == reference]
             yield Exchange(number, turn, len(ids), turns, same)
         talk.hear(reference)
@@ -198,9 +201,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--domain", default="code", help="or a dataset")
     add("--conversations", type=int, default=2)
     add("--answer-tokens", type=int, default=160)
+    add("--every", type=int, default=1, metavar="N")
     args = parser.parse_args(argv)
-    if args.conversations < 1:
-        raise ValueError(f"--conversations is {args.conversations}; at least 1")
+    for name in ("conversations", "every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; at least 1")
     if args.answer_tokens <= _LEAST_TOKENS:
         raise ValueError(
             f"--answer-tokens is {args.answer_tokens}; more than {_LEAST_TOKENS}"

@@ -2,12 +2,12 @@
 
     python benchmarks/soak.py --target T --drafter D --minutes 60 --out soak
 
-A `vllm serve` with DSpark (adaptive), prefix caching, chunked prefill and a small K/V
-cache takes mixed traffic from several clients, a few more than it serves at once:
-greedy and sampled requests, seeds, shared prefixes, JSON schemas, n=2, stop strings,
-invalid requests, streams dropped half-way and streams read slowly. Before and after,
-the probe prompts are asked one at a time, greedily: in float32 texts must come out the
-same.
+A `vllm serve` with DSpark (adaptive; `--arm none`: without), prefix caching, chunked
+prefill and a small K/V cache takes mixed traffic from several clients, a few more than
+it serves at once: greedy and sampled requests, seeds, shared prefixes, JSON schemas,
+n=2, stop strings, invalid requests, streams dropped half-way and streams read slowly.
+Before and after, the probe prompts are asked one at a time, greedily: in float32 texts
+must come out the same.
 
 --out holds soak.json (requests, samples of memory, τ and calibration every half minute
 with their slopes, the counts of /metrics that must agree, provenance), soak.png and the
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import _bench_common as common
-from _soak_load import Load, connect
-from _soak_watch import Watch, balance, plot, steadiness
+from _soak_counts import balance
+from _soak_load import KINDS, Load, connect
+from _soak_watch import Watch, plot, steadiness
 
 from vllm_dspark.cli.arms import speculation_between
 from vllm_dspark.cli.server import Metrics, Server, speculative_arguments, total
@@ -58,11 +59,10 @@ def probe(server: Server, prompts: list[Any], tokens: int) -> dict[str, Any]:
             model="target", messages=messages, temperature=0.0, max_tokens=tokens
         )
         texts.append(answer.choices[0].message.content)
-    after = server.metrics()
-    counted = speculation_between(before, after)
-    assert counted is not None, "a server with DSpark has these counters"
-    tau = counted.accepted_length or 1.0
-    return {"texts": texts, "tau": tau, "rounds": counted.rounds}
+    counted = speculation_between(before, server.metrics())
+    if counted is None or counted.accepted_length is None:  # nothing was drafted
+        return {"texts": texts, "tau": 1.0, "rounds": 0}
+    return {"texts": texts, "tau": counted.accepted_length, "rounds": counted.rounds}
 
 
 def at_rest(server: Server) -> Metrics:
@@ -95,6 +95,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--target", required=True)
     add("--drafter", required=True)
     add("--prompts", type=Path, default=root / "tests" / "data" / "prompts.jsonl")
+    add("--arm", choices=("dspark", "none"), default="dspark")
     add("--minutes", type=float, default=60)
     add("--clients", type=int, default=10)
     add("--probe-tokens", type=int, default=64)
@@ -113,15 +114,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def arguments(args: argparse.Namespace) -> list[str]:
     """Of `vllm serve`: room for 8 requests, and blocks for fewer."""
-    spec = {
+    dspark = {
         "method": "dspark",
         "model": args.drafter,
         "draft_sample_method": "probabilistic",
     }
+    spec = dspark if args.arm == "dspark" else None
     serve = ["--served-model-name", "target", "--dtype", args.dtype, "--enforce-eager"]
     serve += ["--max-model-len", "1024", "--max-num-seqs", "8", "--block-size", "32"]
     serve += ["--max-num-batched-tokens", "128", "--num-gpu-blocks-override", "34"]
     return [*serve, "--enable-prefix-caching", *speculative_arguments(spec)]
+
+
+def kinds(arm: str) -> list[str]:
+    """Requests that an arm serves.
+
+    vLLM 0.32 alone dies on a CPU of a seed once it reads a prompt in parts ("CPU
+    Generator does not use offset").
+    """
+    return [kind for kind in KINDS if arm != "none" or kind != "seeded"]
 
 
 def soak(
@@ -132,7 +143,7 @@ def soak(
     probe(server, prompts[: WARM_UP[0]], WARM_UP[1])
     first = probe(server, prompts, args.probe_tokens)
     print(f"before: τ {first['tau']:.4f} over {first['rounds']:.0f} rounds")
-    load = Load(server, prompts, seed=1)
+    load = Load(server, prompts, seed=1, kinds=kinds(args.arm))
     before = at_rest(server)
     watch = Watch(
         server.metrics, server.pid, load.counts.total, every=args.sample_seconds
@@ -143,6 +154,7 @@ def soak(
     plot(watch.samples, args.out / "soak.png")
     width = load_config(args.drafter).block_size
     return {
+        "arm": args.arm,
         "tau_before": first["tau"],
         "tau_after": last["tau"],
         "texts_equal": first["texts"] == last["texts"],

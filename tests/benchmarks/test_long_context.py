@@ -101,6 +101,17 @@ def test_all_arms_answer_the_reference_s_conversation() -> None:
     assert {e.conversation for e in found} == {3}
 
 
+def test_every_other_question_is_the_reference_s_alone() -> None:
+    asked: list[tuple[str, int]] = []
+    engines = [FakeEngine("none", asked, False), FakeEngine("a", asked, False)]
+    args = long_context.parse([*NEEDED, "--answer-tokens", "9", "--every", "2"])
+    talk = FakeTalk()
+    found = list(long_context.hold(engines, args, 0, talk))  # type: ignore[arg-type]
+    assert asked == [*(("none", 10), ("a", 10), ("none", 20), ("a", 30), ("none", 30))]
+    assert [e.context for e in found] == [10, 30]
+    assert talk.heard == [[10] * 9, [20] * 2, [30] * 9]
+
+
 def test_figures_are_drawn(tmp_path: Path) -> None:
     speeds = {"none": 10.0, "a": 12.0}
     found = by_context([exchange(c, speeds, ["none"]) for c in (100, 600)])
@@ -112,6 +123,7 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     ("typed", "says"),
     [
         (["--conversations", "0"], "--conversations is 0"),
+        (["--every", "0"], "--every is 0"),
         (["--answer-tokens", "8"], "--answer-tokens is 8"),
         (["--max-model-len", "500"], "--max-model-len 500 has no room"),
     ],

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import soak
+from _soak_counts import SPEC, balance
 from _soak_load import KINDS, Load
-from _soak_watch import SPEC, WARM_UP, Sample, Watch, balance, rss_mib, steadiness
+from _soak_watch import WARM_UP, Sample, Watch, rss_mib, steadiness
 
 from tests.integration.forks import serve_in_forks
 from vllm_dspark.cli.server import Metrics
@@ -17,8 +18,12 @@ from vllm_dspark.metrics import PREFIX
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arm", ["dspark", "none"])
 def test_a_soak(
-    text_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: str,
+    text_pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target, drafter = text_pair
     monkeypatch.setenv("VLLM_DSPARK_CACHE", str(tmp_path / "cache"))
@@ -26,16 +31,20 @@ def test_a_soak(
     out = tmp_path / "out"
     argv = ["soak.py", "--target", str(target), "--drafter", str(drafter)]
     argv += ["--minutes", "0.4", "--sample-seconds", "1", "--probe-tokens", "12"]
+    argv += ["--arm", arm]
     monkeypatch.setattr("sys.argv", [*argv, "--out", str(out)])
     assert soak.main() == 0
     found = json.loads((out / "soak.json").read_text())
     assert found["texts_equal"] and not found["failures"]
-    assert set(found["requests"]) <= set(KINDS) and len(found["requests"]) >= 4
+    assert set(found["requests"]) <= set(soak.kinds(arm))
+    assert len(found["requests"]) >= 4
     assert found["totals"]["vllm:generation_tokens_total"] > 100
     emitted = found["balance"][-1]
     assert emitted["holds"] and emitted["left"] > 0
-    assert len(found["samples"]) >= 3 and found["samples"][-1]["rss_mib"] > 100
+    assert len(found["samples"]) >= 3
+    assert min(found["samples"][-1]["rss_mib"].values()) > 10
     assert all(row["holds"] for row in found["balance"])
+    assert (found["samples"][-1]["rounds"] > 0) == (arm == "dspark")
     assert (out / "soak.png").stat().st_size > 10_000
     assert found["provenance"]["command"]
 
@@ -45,7 +54,10 @@ def samples(leak: float, n: int = 60) -> list[Sample]:
     return [
         Sample(
             seconds=30.0 * i,
-            rss_mib=1000 + 5 * min(i, n // 4) + leak * 30 * i / 3600,
+            rss_mib={
+                "server": 1000.0,
+                "VLLM::Worker": 5 * min(i, n // 4) + leak * 30 * i / 3600,
+            },
             requests=10 * i,
             accepted=150.0 * i,
             rounds=100.0 * i,
@@ -58,7 +70,13 @@ def samples(leak: float, n: int = 60) -> list[Sample]:
 @pytest.mark.parametrize("leak", [0.0, 120.0])
 def test_a_leak_is_told_from_warming_up(leak: float) -> None:
     found = steadiness(samples(leak))
-    assert found["rss_mib"]["slope_per_hour"] == pytest.approx(leak, abs=0.2)
+    slopes = {name: of["slope_per_hour"] for name, of in found["rss_mib"].items()}
+    assert slopes == {
+        "server": pytest.approx(0, abs=0.1),
+        "VLLM::Worker": pytest.approx(leak, abs=0.2),
+        "all": pytest.approx(leak, abs=0.2),
+    }
+    assert found["rss_mib"]["all"]["first"] == 1000
     assert found["tau"] == [2.5, 2.5]
     assert found["calibration_error"] == [0.03, 0.03]
     assert steadiness(samples(leak, n=8)) == {}  # too few after the warm-up
@@ -124,8 +142,13 @@ def test_samples_are_taken_when_due() -> None:
         watch(seconds)
     assert [s.seconds for s in watch.samples] == [0.0, 31.0, 62.0]
     assert watch.samples[0].calibration_error == [0.0, 0.1, 0.2]
-    assert 10 < watch.samples[0].rss_mib < 100_000
-    assert rss_mib(os.getpid()) > 10
+    assert 10 < watch.samples[0].rss_mib["server"] < 100_000
+    assert rss_mib(os.getpid())["server"] > 10
+
+
+def test_what_vllm_alone_cannot_serve_is_left_out() -> None:
+    assert soak.kinds("dspark") == list(KINDS)
+    assert soak.kinds("none") == [kind for kind in KINDS if kind != "seeded"]
 
 
 def test_the_first_failure_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from vllm_dspark.integration import context
 from vllm_dspark.integration.context import ROWS_AT_ONCE, ContextWriter
-from vllm_dspark.integration.kept_rows import Rows
+from vllm_dspark.integration.kept_rows import KeptRows, Rows
 from vllm_dspark.integration.upkeep import blocks_read
 
 BLOCK = 4
@@ -148,6 +148,16 @@ def test_a_step_of_more_rows_than_there_are_places() -> None:
     assert cache.slots == {s: (1.0, s - 1) for s in range(1, 6)} and writer.rows == 0
 
 
+def test_the_first_places_are_filled_again_when_nothing_is_kept() -> None:
+    kept = KeptRows(100, BLOCK)
+    for step in range(50):
+        slots = np.arange(3) + 3 * step
+        kept.put(rows(step, slots.tolist()), slots)
+        assert kept.of_slots(slots).tolist() == [0, 1, 2]
+        assert len(kept.oldest(97)) == 0 and len(kept.oldest(100)) == 3
+        kept.forget(kept.of_slots(slots))
+
+
 def test_each_step_is_charged_for_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A millisecond a row, whenever it is spent."""
     now = [0.0]
@@ -172,6 +182,33 @@ def test_each_step_is_charged_for_its_own_rows(monkeypatch: pytest.MonkeyPatch) 
     # Four of eleven rows are never written: the next one is put off for less.
     writer.add(rows(0, [6, 7, 8, 9]), NOTHING)
     assert charged([10], None) == pytest.approx(0.001 * written / (written + 4))
+
+
+def test_rows_that_wait_are_charged_as_many_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half a second each time, and a millisecond a row."""
+    now = [0.0]
+    monkeypatch.setattr(context.time, "perf_counter", lambda: now[0])
+
+    def write(features: torch.Tensor, *_: torch.Tensor) -> None:
+        now[0] += 0.5 + 0.001 * len(features)
+
+    writer = ContextWriter(write, 4096, BLOCK)
+
+    def written_together(count: int) -> float:
+        """What one more row is charged for after so many were written."""
+        writer.add(rows(0, list(range(count))), None)
+        writer.add(rows(1, []), np.arange(count // BLOCK + 1))
+        writer.add(rows(2, [0]), None)
+        owed = writer.take_owed()
+        writer.add(rows(3, []), np.arange(1))
+        return owed
+
+    assert written_together(10) == pytest.approx(0.051)  # all that is known
+    assert written_together(500) == pytest.approx(0.002)
+    assert written_together(10) == pytest.approx(0.002)  # few say nothing of many
+    assert written_together(100) == pytest.approx(0.006)
 
 
 def test_blocks_that_are_read() -> None:

@@ -23,6 +23,8 @@ Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 # Rows written together: with more, a row gets no cheaper (measured on two cores).
 ROWS_AT_ONCE = 512
+# Fewer rows take nearly as long as these: no measure of what a row takes among many.
+_FEW_ROWS = 64
 # Rows that the shares of written ones are counted over, about.
 _WINDOW = 16384
 _NONE = np.empty(0, dtype=np.int64)
@@ -48,7 +50,7 @@ class ContextWriter:
         self._write = write
         self._kept = KeptRows(capacity, block_size)
         self._wanted = wanted
-        self._row_seconds = 0.0  # when many were last written together
+        self._row_seconds = 0.0  # when many are written together, as far as is known
         self._owed = 0.0
         self._written, self._dropped = 1.0, 0.0  # of what was put off, lately
 
@@ -129,8 +131,11 @@ class ContextWriter:
         self._count(len(places), 0)
         if not len(places):
             return 0.0
-        self._row_seconds = seconds / (len(places) + new)
-        return self._row_seconds * len(places)
+        per_row = seconds / (len(places) + new)
+        few = 0 < self._row_seconds < per_row and len(places) + new < _FEW_ROWS
+        if not few:
+            self._row_seconds = per_row
+        return per_row * len(places)
 
     def _drop(self, places: np.ndarray) -> None:
         self._kept.forget(places)

@@ -1,7 +1,9 @@
 """Features that wait to become context K/V, found by the slot they are for.
 
-A ring: new rows take the places of the oldest. On the device lie the features and
-positions; which slot each place is for is known on the host.
+A ring: new rows take the places of the oldest, and the first places when nothing is
+kept, so that an engine which drafts at each step touches only as much memory as it
+needs. On the device lie the features and positions; which slot each place is for is
+known on the host.
 """
 
 from __future__ import annotations
@@ -87,6 +89,8 @@ class KeptRows:
         self._places[blocks, offsets] = _NOTHING
         self._slots[places] = _NOTHING
         self.rows -= len(places)
+        if not self.rows:
+            self._next = 0
 
     def _enter(self, slots: np.ndarray, places: np.ndarray) -> None:
         blocks, offsets = np.divmod(slots, self._block_size)

@@ -101,7 +101,7 @@ class DSparkProposer(DFlashProposer):
         self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
     ) -> None:
         super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
-        self.context = context_writer(self, self.runner)
+        self.context = context_writer(self, self.runner, kv_cache_config.num_blocks)
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         if not self.muted:

@@ -14,15 +14,17 @@ from vllm_dspark.integration.context import ROWS_AT_ONCE, ContextWriter
 KEPT_BYTES = 256 << 20
 
 
-def context_writer(proposer: Any, runner: Any) -> ContextWriter:
+def context_writer(proposer: Any, runner: Any, num_blocks: int) -> ContextWriter:
     """The proposer's, which keeps what fits.
 
     Args:
         proposer: a `DSparkProposer` whose K/V cache is laid out.
         runner: whose requests it drafts for.
+        num_blocks: of the K/V cache: no more rows can wait than it has slots.
     """
     config = proposer.vllm_config
     capacity = KEPT_BYTES // (proposer.drafter.feature_size * proposer.dtype.itemsize)
+    capacity = min(capacity, num_blocks * proposer.block_size)
     if proposer.device.type != "cpu":
         capacity = ROWS_AT_ONCE  # vLLM has given out the device's memory
     if config.kv_transfer_config is not None:

@@ -54,3 +54,27 @@ def test_each_subcommand_has_help_with_an_example(name, capsys):
         build_parser().parse_args([name, "--help"])
     assert stop.value.code == 0
     assert f"example:\n  vllm-dspark {name}" in capsys.readouterr().out
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+# Files that README names and that are no results of ours: users' own.
+USERS = {"config.json", "dspark_calibration.json", "manifest.json", "result.json"}
+
+
+def named_results(text: str) -> set[str]:
+    """Names in backticks that look like results: a file, or a folder below results/."""
+    files = set(re.findall(r"`([\w-]+\.(?:json|png))`", text))
+    return files | set(re.findall(r"`(?:results/)?([\w-]+)/`", text))
+
+
+def test_measurements_name_every_result_and_no_other():
+    named = named_results((ROOT / "docs" / "measured.md").read_text())
+    there = {p.name for p in RESULTS.iterdir() if p.suffix != ".png"}
+    assert {name for name in named if not (RESULTS / name).exists()} == set()
+    assert there - named == set()
+
+
+def test_readme_takes_its_figures_from_results():
+    named = {n for n in named_results(README) if n.endswith(".json")} - USERS
+    assert len(named) >= 10
+    assert {name for name in named if not (RESULTS / name).exists()} == set()

@@ -116,8 +116,8 @@ def steadiness(samples: Sequence[Sample]) -> dict[str, Any]:
     Returns:
         ``rss_mib``: of each process and of ``all``, see `_growth`; ``tau`` in the two
         halves of what comes after the warm-up; ``calibration_error``, the mean over
-        samples and the first three positions, in both halves. Empty if there are fewer
-        than six samples after the warm-up.
+        samples and the first three positions, in both halves; None where nothing was
+        drafted. Empty if there are fewer than six samples after the warm-up.
     """
     late = [s for s in samples if s.seconds >= WARM_UP * samples[-1].seconds]
     if len(late) < 6:
@@ -127,9 +127,14 @@ def steadiness(samples: Sequence[Sample]) -> dict[str, Any]:
     names = [*samples[-1].rss_mib, ALL]
     return {
         "rss_mib": {name: _growth(samples, late, name) for name in names},
-        "tau": [round(_tau(half), 3) for half in halves],
-        "calibration_error": [round(_error(half), 4) for half in halves],
+        "tau": [_known(_tau(half), 3) for half in halves],
+        "calibration_error": [_known(_error(half), 4) for half in halves],
     }
+
+
+def _known(value: float, digits: int) -> float | None:
+    """Rounded; None for NaN, which is no JSON."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def _growth(

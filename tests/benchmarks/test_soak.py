@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def test_a_leak_is_told_from_warming_up(leak: float) -> None:
     assert found["calibration_error"] == [0.03, 0.03]
     assert steadiness(samples(leak, n=8)) == {}  # too few after the warm-up
     assert 0 < WARM_UP < 1
+
+
+def test_without_drafts_there_is_no_tau() -> None:
+    found = steadiness(
+        [replace(s, accepted=0, rounds=0, calibration_error=[]) for s in samples(0.0)]
+    )
+    assert found["tau"] == found["calibration_error"] == [None, None]
 
 
 def metrics(**changed: float) -> Metrics:

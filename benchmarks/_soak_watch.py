@@ -45,6 +45,12 @@ class Sample:
     rounds: float
     calibration_error: list[float]
 
+    def memory(self, name: str) -> float:
+        """Of a process (0 where there was none), or of ``ALL``; MiB."""
+        if name == ALL:
+            return round(sum(self.rss_mib.values()), 1)
+        return self.rss_mib.get(name, 0.0)
+
 
 def rss_mib(pid: int) -> dict[str, float]:
     """Resident memory of a process and its descendants, by `Sample`'s names."""
@@ -104,7 +110,7 @@ class Watch:
         last = self.samples[-1]
         print(
             f"{last.seconds:6.0f} s  {last.requests} requests  "
-            f"RSS {sum(last.rss_mib.values()):.0f} MiB  "
+            f"RSS {last.memory(ALL):.0f} MiB  "
             f"τ {1 + last.accepted / max(last.rounds, 1):.3f}",
             flush=True,
         )
@@ -145,21 +151,15 @@ def _growth(
     The slope is in MiB an hour (least squares), with its standard error.
     """
     hours = np.array([s.seconds for s in late]) / 3600
-    (slope, _), covariance = np.polyfit(hours, _memory(late, name), 1, cov=True)
+    sizes = [s.memory(name) for s in late]
+    (slope, _), covariance = np.polyfit(hours, sizes, 1, cov=True)
     return {
-        "first": _memory(samples, name)[0],
-        "after_warm_up": _memory(late, name)[0],
-        "last": _memory(late, name)[-1],
+        "first": samples[0].memory(name),
+        "after_warm_up": sizes[0],
+        "last": sizes[-1],
         "slope_per_hour": round(float(slope), 1),
         "slope_standard_error": round(float(covariance[0, 0]) ** 0.5, 1),
     }
-
-
-def _memory(samples: Sequence[Sample], name: str) -> list[float]:
-    """Of a process, or of ``ALL``, MiB at each sample."""
-    if name == ALL:
-        return [round(sum(s.rss_mib.values()), 1) for s in samples]
-    return [s.rss_mib.get(name, 0.0) for s in samples]
 
 
 def _tau(samples: Sequence[Sample]) -> float:
@@ -180,7 +180,7 @@ def plot(samples: Sequence[Sample], path: Path) -> None:
     taus = [_tau(pair) for pair in itertools.pairwise(samples)]
     lines = axes[0]
     for name in (*samples[-1].rss_mib, ALL):
-        lines[0].plot(minutes, _memory(samples, name), label=name)
+        lines[0].plot(minutes, [s.memory(name) for s in samples], label=name)
     lines[0].set(ylabel="RSS, MiB", ylim=(0, None))
     lines[0].legend()
     lines[1].plot(minutes[1:], taus)

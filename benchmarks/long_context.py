@@ -132,9 +132,8 @@ def hold(
         }
         reference = found[engines[0].name][0]
         if not rest and min(t.tokens for _, t in found.values()) >= _LEAST_TOKENS:
-            texts = {engine.name: found[engine.name][0] for engine in engines}
             turns = {engine.name: found[engine.name][1] for engine in engines}
-            same = [name for name, text in texts.items() if text == reference]
+            same = [name for name in turns if found[name][0] == reference]
             yield Exchange(number, turn, len(ids), turns, same)
         talk.hear(reference)
         turn += 1

@@ -1,9 +1,8 @@
 """Features that wait to become context K/V, found by the slot they are for.
 
 A ring: new rows take the places of the oldest, and the first places when nothing is
-kept, so that an engine which drafts at each step touches only as much memory as it
-needs. On the device lie the features and positions; which slot each place is for is
-known on the host.
+kept, so that bypasses which soon end touch no more memory than they fill. On the device
+lie the features and positions; which slot each place is for is known on the host.
 """
 
 from __future__ import annotations

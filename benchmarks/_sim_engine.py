@@ -229,36 +229,57 @@ class Engine:
         drafting, overhead = 0.0, machine.per_step + machine.per_answer * answers
         if self.controller is not None:
             positions, rows = step.plan.positions, max(drafted_for, 1)
+            told = float(machine.table.draft_seconds(rows, positions))
             # Prompts add their rows to the context K/V that is kept up.
-            upkeep = machine.table.draft_seconds([rows, rows + prefill], 0)
-            drafting = float(machine.table.draft_seconds(rows, positions))
-            drafting = factor * (drafting + float(upkeep[1] - upkeep[0]))
+            told = factor * (told + self._more_context(rows, prefill))
             drafted = None
             if drafted_for and prefill <= len(step.decoding):
-                drafted = (drafted_for, positions, drafting)
+                drafted = (drafted_for, positions, told)
             self.controller.timed(
                 StepTimes(
                     step.tokens, context, target, drafted, prefill, self._overhead
                 )
             )
+            drafting = factor * self._owed_before(positions, rows)
+            drafting += told if positions or not machine.puts_off else 0.0
         self._overhead = overhead
         self.clock += target + drafting + overhead
         self.counts.busy += target + drafting + overhead
         self.counts.answers += answers
+
+    def _more_context(self, rows: int, more: int) -> float:
+        """Seconds that so many rows of context K/V add to others."""
+        few, many = self.machine.table.draft_seconds([rows, rows + more], 0)
+        return float(many - few)
+
+    def _owed_before(self, positions: int, rows: int) -> float:
+        """Seconds for what bypasses put off, where a step drafts: it reads all of it.
+
+        Rows of requests that have ended are never written (`integration.context`).
+        """
+        if not positions:
+            return 0.0
+        owed = sum(request.owed for request in self.running)
+        for request in self.running:
+            request.owed = 0
+        return self._more_context(rows, owed)
 
     # ---- after a step ----
 
     def _advance(self, step: _Step, accepted: Ints) -> None:
         """Tokens out, K/V in."""
         counts, rows = self.counts, step.rows
+        put_off = self.machine.puts_off and not step.plan.positions
         for i in rows:
             request, tokens = step.decoding[i], 1 + int(accepted[i])
             request.drafts, request.confidence = 0, None
             request.context += tokens
+            request.owed += put_off * tokens
             self._emit(request, tokens)
         for request, tokens in step.prompts:
             request.prompt -= tokens
             request.context += tokens
+            request.owed += put_off * tokens
             if not request.prompt:
                 request.first = self.clock
                 counts.firsts += 1

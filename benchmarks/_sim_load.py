@@ -50,6 +50,7 @@ class Request:
         drafts: drafts that wait for verification, alive of which would be accepted.
         confidence: of those.
         number, offset: for `Drafter.draw`.
+        owed: its tokens whose context K/V of the drafter is not written yet.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Request:
     number: int = 0
     offset: float = 0.0
     sent: float = 0.0
+    owed: int = 0
 
 
 @dataclass

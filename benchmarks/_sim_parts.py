@@ -63,6 +63,8 @@ class Machine:
         per_step: seconds of a step outside the worker,
         per_answer: and for each request that a step gives tokens to (server, client).
         noise: standard deviation of a step's log seconds.
+        puts_off: whether a bypass leaves the drafter's context K/V until somebody
+            drafts again, as on the V1 runner; else it is written at once.
     """
 
     table: CostTable
@@ -71,6 +73,7 @@ class Machine:
     per_step: float = 0.0
     per_answer: float = 0.0
     noise: float = 0.0
+    puts_off: bool = False
 
 
 @dataclass(frozen=True)

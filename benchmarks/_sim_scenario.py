@@ -155,7 +155,7 @@ def own(
     return Scenario(
         f"{drafter.name} on {cost.name}",
         drafter,
-        Machine(table, noise=more.pop("noise", 0.05)),
+        Machine(table, noise=more.pop("noise", 0.05), puts_off=True),
         **more,
     )
 

@@ -132,7 +132,7 @@ void read_random(PyObject* const* args, DraftArgs* a) {
   }
 }
 
-// args: out token_ids, probs, support, confidence, finite
+// args: out token_ids, probs, support, confidence, certainty, finite
 void read_outputs(PyObject* const* args, const Head& head, DraftArgs* a) {
   const int64_t r = a->requests, k = a->positions;
   const int64_t width = a->topk ? a->topk : head.draft_vocab;
@@ -141,7 +141,8 @@ void read_outputs(PyObject* const* args, const Head& head, DraftArgs* a) {
   a->support =
       optional(args[2], {"support", {DType::kI32}, {r, k, width}}).as<int32_t>();
   a->confidence = optional(args[3], {"confidence", {DType::kF32}, {r, k}}).as<float>();
-  a->finite = require(args[4], {"finite", {DType::kBool}, {r}}).as<bool>();
+  a->certainty = optional(args[4], {"certainty", {DType::kF32}, {r, k}}).as<float>();
+  a->finite = require(args[5], {"finite", {DType::kBool}, {r}}).as<bool>();
 }
 
 }  // namespace
@@ -174,10 +175,10 @@ PyObject* py_head_new(PyObject*, PyObject* const* args, Py_ssize_t n) {
 }
 
 // (head, base_logits, hidden, anchor_ids, temperature, uniforms, topk,
-//  out token_ids, out probs, out support, out confidence, out finite)
+//  out token_ids, out probs, out support, out confidence, out certainty, out finite)
 PyObject* py_draft_sequential(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return guarded([&]() -> PyObject* {
-    require_count("draft_sequential", n, 12);
+    require_count("draft_sequential", n, 13);
     auto* owned = static_cast<OwnedHead*>(PyCapsule_GetPointer(args[0], kHeadCapsule));
     if (owned == nullptr) return nullptr;
     Head& head = owned->head;

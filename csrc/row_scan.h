@@ -61,6 +61,9 @@ class RowScan {
 
   float max() const { return max_; }
 
+  // After normalise: sum of exp(z - max), so at least 1.
+  double total() const { return total_; }
+
  private:
   int64_t blocks(const Row<T>& row) const { return (row.size + kBlock - 1) / kBlock; }
   int64_t length(const Row<T>& row, int64_t block) const;

@@ -15,6 +15,8 @@ namespace {
 
 // Multiply-adds of a step below which waking a team costs more than it saves.
 constexpr int64_t kParallelWork = 1 << 18;
+// Weight of all others against the likeliest, below which float32 sums say little.
+constexpr double kLeastOthers = 1e-4;
 
 // W: type of the weights, B: type of the base logits.
 template <typename W, typename B>
@@ -72,12 +74,16 @@ class Loop {
       for (int64_t r = mine.begin; r < mine.end; ++r) {
         if (a_.topk) {
           candidate_logits(r, k, row.data());
+          note_certainty(r, k, row.data(), &scan);
           emit(r, k, choose(r, k, row.data(), &scan));
-        } else if (is_greedy(a_, r)) {
+          continue;
+        }
+        float* x = keeps_logits(a_, r) ? vocabulary_.logits(r) : nullptr;
+        note_certainty(r, k, x, &scan);
+        if (is_greedy(a_, r)) {
           emit(r, k, vocabulary_.merge_argmax(r, team));
         } else {
-          const float largest = vocabulary_.merge_max(r, team);
-          emit(r, k, sample(r, k, vocabulary_.logits(r), largest, &scan));
+          emit(r, k, sample(r, k, x, vocabulary_.merge_max(r, team), &scan));
         }
       }
     }
@@ -112,6 +118,14 @@ class Loop {
     const int64_t best = scan->argmax(row);
     if (!std::isfinite(x[best])) bad_[r] = true;
     return best;
+  }
+
+  // Log-odds of the likeliest token at temperature 1, before anything is drawn.
+  void note_certainty(int64_t r, int64_t k, const float* x, RowScan<float>* scan) {
+    if (a_.certainty == nullptr) return;
+    const bool sound = scan->normalise({x, width_, 1.0f});
+    const double others = sound ? std::max(scan->total() - 1.0, kLeastOthers) : NAN;
+    a_.certainty[r * a_.positions + k] = static_cast<float>(-std::log(others));
   }
 
   // Draws from complete logits and overwrites them, or with topk those to be returned,

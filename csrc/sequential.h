@@ -24,11 +24,17 @@ struct DraftArgs {
   float* probs;              // [requests, positions, S] or null
   int32_t* support;          // [requests, positions, topk] or null
   float* confidence;         // [requests, positions] or null
+  float* certainty;          // [requests, positions] or null
   bool* finite;              // [requests]
 };
 
 inline bool is_greedy(const DraftArgs& a, int64_t r) {
   return a.temperature == nullptr || !(a.temperature[r] >= kGreedyTemperature);
+}
+
+// Whether the logits of a request's position are kept, besides their argmax.
+inline bool keeps_logits(const DraftArgs& a, int64_t r) {
+  return a.certainty != nullptr || !is_greedy(a, r);
 }
 
 // The row of base logits of (request, position); B is their type.

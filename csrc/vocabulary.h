@@ -1,5 +1,5 @@
 // The product with W2 over the whole draft vocabulary, for all requests at once: the
-// argmax of greedy rows as it goes, the logits of sampled rows. Only for
+// argmax of greedy rows as it goes, the logits of those that keep them. Only for
 // sequential.cpp.
 #pragma once
 
@@ -94,18 +94,19 @@ class Vocabulary {
     return index;
   }
 
-  // Of a sampled row, after `run` and until the next; the caller may overwrite them.
+  // Of a row that keeps them, after `run` and until the next; the caller may overwrite
+  // them.
   float* logits(int64_t r) { return scratch_ + r * head_.draft_vocab; }
 
  private:
   static constexpr int64_t kGroup = 12;  // requests per call: their logits stay in L1
   static constexpr int64_t kMaxGroup = 32;
 
-  // Sampled rows keep the logits of a step in scratch that lives as long as the thread:
-  // it stays in the cache from step to step, and fresh pages cost more than the step.
+  // The logits of a step are kept in scratch that lives as long as the thread: it stays
+  // in the cache from step to step, and fresh pages cost more than the step.
   void reserve_logits() {
     static thread_local std::vector<float> scratch;
-    if (a_.temperature == nullptr) return;
+    if (a_.temperature == nullptr && a_.certainty == nullptr) return;
     const size_t size = a_.requests * head_.draft_vocab;
     if (scratch.size() < size) scratch.resize(size);
     scratch_ = scratch.data();
@@ -146,10 +147,14 @@ class Vocabulary {
     // Rows lie far apart: no hardware prefetcher sees that the next panel comes next.
     // Beyond the last one a prefetch does nothing.
     fetch_ahead(b + kPanel);
-    const bool nan =
-        is_greedy(a_, r)
-            ? kernels.argmax_panel(x, b, n, static_cast<int32_t>(v0), best, index)
-            : kernels.add_panel(x, b, n, best, logits(r) + v0);
+    bool nan = false;
+    if (is_greedy(a_, r)) {
+      nan = kernels.argmax_panel(x, b, n, static_cast<int32_t>(v0), best, index);
+      alignas(64) float unused[kTile] = {};  // lanes' maxima: `best` has them
+      if (keeps_logits(a_, r)) kernels.add_panel(x, b, n, unused, logits(r) + v0);
+    } else {
+      nan = kernels.add_panel(x, b, n, best, logits(r) + v0);
+    }
     if (nan) bad_[r] = true;
   }
 

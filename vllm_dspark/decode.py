@@ -168,12 +168,20 @@ class _Request:
         return [int(token) for token in result.token_ids[0, : result.num_emitted[0]]]
 
     def _record(self, position: int, drafts: list[int], num_accepted: int) -> None:
-        confidence: tuple[float, ...] = ()
-        if self.block is not None and self.block.confidence is not None:
-            confidence = tuple(self.block.confidence[0, : len(drafts)].tolist())
-        anchor = self.new[-1]
+        block, count = self.block, len(drafts)
+
+        def known(values: Tensor | None) -> tuple[float, ...]:
+            return () if values is None else tuple(values[0, :count].tolist())
+
         self.steps.append(
-            StepRecord(position, anchor, tuple(drafts), num_accepted, confidence)
+            StepRecord(
+                position,
+                self.new[-1],
+                tuple(drafts),
+                num_accepted,
+                known(None if block is None else block.confidence),
+                known(None if block is None else block.certainty),
+            )
         )
 
     def _observe(self, hidden: Sequence[Tensor], start: int, kept: int) -> None:

@@ -97,6 +97,7 @@ class Proposer:
             draft_support=draft.draft_support,
             confidence=draft.confidence,
             finite=draft.finite,
+            certainty=draft.certainty,
         )
 
 

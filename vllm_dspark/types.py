@@ -14,6 +14,8 @@ U_k       base_logits         logits of h_k through the LM head, before the head
                               bias B_k (3.1)
 c_k       confidence          P(x_k accepted given x_1..x_{k-1} were), in (0, 1)
                               (3.2.1)
+z_k       certainty           log-odds of the likeliest draft token's probability at
+                              temperature 1 (ours; calibration may use it)
 a_k       survival            the product of c_1..c_k
 ℓ         num_drafts,         drafts of a request sent to verification, 0..γ; where
           verify_lens         it is decided, num_drafts is how many there are to choose
@@ -49,6 +51,8 @@ class DraftBlock:
         confidence: ``[R, K]`` float32, c_k (3.2.1); None without confidence head.
         finite: ``[R]`` bool, False where draft logits or confidences held NaN or
             inf: such a request must not be verified with these drafts.
+        certainty: ``[R, K]`` float32, z_k; None without a confidence head, or where
+            the backend does not compute it.
     """
 
     token_ids: Tensor
@@ -56,6 +60,7 @@ class DraftBlock:
     draft_support: Tensor | None
     confidence: Tensor | None
     finite: Tensor
+    certainty: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class StepRecord:
         draft_ids: the drafts sent to verification (ℓ of them).
         num_accepted: how many of them were accepted; τ of the round is one more.
         confidence: c_1..c_ℓ, empty without confidence head.
+        certainty: z_1..z_ℓ, empty where it is not known.
     """
 
     anchor_position: int
@@ -89,3 +95,4 @@ class StepRecord:
     draft_ids: tuple[int, ...]
     num_accepted: int
     confidence: tuple[float, ...]
+    certainty: tuple[float, ...] = ()

@@ -22,6 +22,7 @@ DECODING = Decoding("target", (0.0, 1.0), max_tokens=8, concurrency=2)
 def line(request: str, accepted: int, position: int) -> str:
     row = {"request": request, "position": position, "anchor": 5, "drafts": [1, 2]}
     row |= {"accepted": accepted, "confidences": [0.5, 0.25], "temperature": 0.0}
+    row["certainties"] = [1.5, -0.5]
     return json.dumps(row) + "\n"
 
 
@@ -55,8 +56,8 @@ def test_rounds_find_their_prompts(tmp_path: Path) -> None:
     found = engine_vllm.read_trace(file)
     assert set(found) == {(0, 12), (1, 12)}
     assert found[0, 12] == [
-        StepRecord(9, 5, (1, 2), 2, (0.5, 0.25)),
-        StepRecord(12, 5, (1, 2), 1, (0.5, 0.25)),
+        StepRecord(9, 5, (1, 2), 2, (0.5, 0.25), (1.5, -0.5)),
+        StepRecord(12, 5, (1, 2), 1, (0.5, 0.25), (1.5, -0.5)),
     ]
 
 

@@ -5,12 +5,14 @@
   pass a test of shapes);
 * they are the drafter's, row by row, while the batch changes and prompts are chunked;
 * a drafter without a confidence head sends none;
+* certainties travel likewise, and a calibration that mixes them in gets both;
 * with vLLM's multiprocessing, where they are pickled, the engine drafts all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ import pytest
 from tests.integration.engine import Engine, engine
 from tests.integration.subprocesses import run_python
 from tests.tiny import make_tiny_drafter
+from vllm_dspark.calibration import file as calibration_file
+from vllm_dspark.calibration.scaling import Mixing, Scaling, sigmoid
+from vllm_dspark.model.checkpoint import weights_hash
 
 PROMPTS = [[5, 9, 17, 33, 8], [7] * 3, list(range(3, 40)), [100, 50], [60, 61, 62]]
 
@@ -53,25 +58,27 @@ class Watch:
                 r for r, request in scheduler.requests.items() if request.spec_token_ids
             }
             assert set(scheduler.draft_confidences) == in_flight
+            assert set(scheduler.draft_certainties) == in_flight
             for request_id, row in scheduler.draft_confidences.items():
-                tokens, confidences = sent[request_id]
+                tokens, confidences, certainties = sent[request_id]
                 assert scheduler.requests[request_id].spec_token_ids == tokens
                 assert row.dtype == np.float32
                 assert row.tolist() == confidences
+                assert scheduler.draft_certainties[request_id].tolist() == certainties
                 self.confidences += row.tolist()
 
         scheduler.update_draft_token_ids = checked
 
 
-def expected(runner: Any) -> dict[str, tuple[list[int], list[float]]]:
-    """Request → its drafts and their confidences, as the proposer made them."""
+def expected(runner: Any) -> dict[str, tuple[list[int], list[float], list[float]]]:
+    """Request → its drafts, confidences and certainties, as the proposer made them."""
     drafted = runner._drafted
     if drafted is None:
         return {}
     names = [runner._drafted_req_ids[row] for row in drafted.rows.tolist()]
     tokens = drafted.block.token_ids.tolist()
-    confidences = drafted.block.confidence.tolist()
-    return dict(zip(names, zip(tokens, confidences, strict=True), strict=True))
+    signals = drafted.block.confidence.tolist(), drafted.block.certainty.tolist()
+    return dict(zip(names, zip(tokens, *signals, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +106,37 @@ def test_a_drafter_without_a_confidence_head(tmp_path: Path, tiny_target: Path) 
         silent.tokens(PROMPTS[:2], requests()[:2])
         assert silent.stats().draft_tokens > 0
         assert silent.scheduler.draft_confidences == {}
+
+
+def test_certainties_reach_the_calibration(
+    tiny_target: Path, tiny_drafter: Path, tmp_path: Path
+) -> None:
+    """Survivals are what the file's maps make of both, in every step."""
+    mixing = Mixing((0.5, 1.0, 1.5), (0.7, -0.4, 0.2), (0.1, 0.2, -0.3))
+    scaling = Scaling((1.0, 2.0, 1.0), (0.0, 0.0, 0.5), mixing)
+    path = tmp_path / calibration_file.NAME
+    row: dict[str, Any] = {"request_temperature": 0.0, "temperature": [1.0, 2.0, 1.0]}
+    row |= {"bias": [0.0, 0.0, 0.5], "with_certainty": asdict(mixing)}
+    hashed = weights_hash(tiny_drafter)
+    calibration_file.write(path, hashed, [row], {}, {})
+    spec = {"num_speculative_tokens": 3}
+    named = {"dspark": {"calibration": str(path)}}
+    with engine(tiny_target, tiny_drafter, spec=spec, additional_config=named) as eng:
+        survival, seen = eng.scheduler.controller.survival, []
+        apply = survival._start_maps.logits
+
+        def spied(confidence: Any, settings: Any, certainty: Any) -> Any:
+            found = apply(confidence, settings, certainty)
+            seen.append((confidence, certainty, found))
+            return found
+
+        survival._start_maps.logits = spied
+        eng.tokens(PROMPTS[:2], requests()[:2])
+    assert len(seen) > 10
+    for confidence, certainty, found in seen:
+        assert certainty is not None and np.isfinite(certainty).all()
+        expected = scaling.apply(confidence.astype(np.float64), certainty)
+        assert sigmoid(found) == pytest.approx(expected, abs=1e-5)
 
 
 # A script with a main guard: vLLM's workers may be spawned, and import it again.

@@ -41,6 +41,7 @@ def record(row: dict[str, Any]) -> StepRecord:
         tuple(row["drafts"]),
         row["accepted"],
         tuple(row["confidences"]),
+        tuple(row["certainties"]),
     )
 
 
@@ -82,6 +83,8 @@ def test_equals_the_records_of_the_vllm_free_loop(
         for row, step in zip(mine, text.steps, strict=True):
             got = record(row)
             assert got.confidence == pytest.approx(step.confidence, abs=1e-5)
+            assert len(got.certainty) == len(got.draft_ids)
+            assert got.certainty == pytest.approx(step.certainty, abs=2e-3)
             assert (got.anchor_position, got.anchor_id, got.draft_ids) == (
                 step.anchor_position,
                 step.anchor_id,
@@ -122,6 +125,7 @@ def test_rounds_cut_by_a_schema_and_by_an_abort(
     assert min(lengths) < 5, "the schema never cut a draft"
     for row in found["cut"] + found["gone"]:
         assert len(row["confidences"]) == len(row["drafts"])
+        assert len(row["certainties"]) == len(row["drafts"])
         assert 0 <= row["accepted"] <= len(row["drafts"])
     everything = found["cut"] + found["gone"]
     assert sum(len(row["drafts"]) for row in everything) == stats.draft_tokens

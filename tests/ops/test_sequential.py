@@ -9,6 +9,7 @@ summed in another order (1e-5 of probabilities and confidences).
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -28,6 +29,12 @@ def assert_same(a: SequentialDraft, b: SequentialDraft) -> None:
         assert (x is None) == (y is None), name
         if x is not None:
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+    assert (a.certainty is None) == (b.certainty is None) == (a.confidence is None)
+    if a.certainty is not None and b.certainty is not None:
+        # A log of what is left of 1: near the limit of 1e-4 a rounded sum shows.
+        rows = a.finite, b.finite
+        certainties = (a.certainty[rows[0]], b.certainty[rows[1]])
+        torch.testing.assert_close(*certainties, atol=2e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("topk", TOPKS)
@@ -59,6 +66,45 @@ def test_reference_equals_naive(
                     p if ids is None else expected.index_copy(0, ids.long(), p)
                 )
                 torch.testing.assert_close(dense, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("topk", [None, 5])
+@pytest.mark.parametrize("sampling", ["greedy", "random"])
+def test_certainty_is_the_log_odds_of_the_likeliest(
+    native: None, backend: str, topk: int | None, sampling: str
+) -> None:
+    head = make_head(5, "none", vocab=300, draft_vocab=97, confidence="plain")
+    block = make_block(5, head, requests=4, topk=topk, sampling=sampling)
+    block.base[1, 0] = 0.0
+    block.base[1, 0, 11] = 30.0  # as good as certain
+    block.base[2, 0] = 0.0  # nothing is known
+    certainty = block.run(backend).certainty
+    assert certainty is not None
+    for r, row in enumerate(block.base.double().tolist()):
+        for k, logits in enumerate(row):
+            kept = sorted(logits, reverse=True)[: topk or 97]
+            likeliest = 1 / sum(math.exp(x - kept[0]) for x in kept)
+            odds = likeliest / max(1 - likeliest, 1e-300)
+            expected = min(math.log(odds), -math.log(1e-4))
+            assert float(certainty[r, k]) == pytest.approx(expected, abs=2e-3)
+    assert float(certainty[1, 0]) == pytest.approx(-math.log(1e-4), abs=1e-5)
+    assert float(certainty[2, 0]) == pytest.approx(
+        -math.log((topk or 97) - 1), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_certainty_does_not_depend_on_what_is_drawn(native: None, backend: str) -> None:
+    head = make_head(6, "vanilla")
+    block = make_block(6, head, requests=5, sampling="random")
+    other = dataclasses.replace(
+        block, options={**block.options, "uniforms": 1 - block.options["uniforms"]}
+    )
+    one, two = block.run(backend), other.run(backend)
+    assert (one.token_ids[:, 0] != two.token_ids[:, 0]).any()
+    assert one.certainty is not None and two.certainty is not None
+    assert torch.equal(one.certainty[:, 0], two.certainty[:, 0])
 
 
 def to_dense(result: SequentialDraft, r: int, k: int, vocab: int) -> torch.Tensor:
@@ -131,6 +177,10 @@ def test_bfloat16_weights(isa: str, head_type: str, topk: int | None) -> None:
         a.draft_probs[first], b.draft_probs[first], atol=0.02, rtol=0.02
     )
     torch.testing.assert_close(a.confidence[first], b.confidence[first])
+    assert a.certainty is not None and b.certainty is not None
+    torch.testing.assert_close(
+        a.certainty[first], b.certainty[first], atol=0.05, rtol=0.02
+    )
 
 
 @pytest.mark.parametrize("rank", [5, 32, 33, 128])

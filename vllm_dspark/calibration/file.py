@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_dspark.calibration.fitting import Fit
 from vllm_dspark.calibration.json_file import read_object, write_object
-from vllm_dspark.calibration.scaling import Scaling
+from vllm_dspark.calibration.scaling import Mixing, Scaling
 
 NAME = "dspark_calibration.json"
 KIND = "dspark-calibration"
@@ -23,6 +23,7 @@ SCHEMA = 1
 # Values outside say nothing but that something went wrong.
 _TEMPERATURE = (0.01, 100.0)
 _BIAS = (-20.0, 20.0)
+_WEIGHT = (-100.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,24 @@ def _settings(rows: Any, path: Path) -> dict[float, Scaling]:
             )
         if request in found:
             raise ValueError(f"{where}: request_temperature {request:g} appears twice")
-        found[request] = Scaling(temperature, bias)
+        mixing = _mixing(row.get("with_certainty"), len(bias), where)
+        found[request] = Scaling(temperature, bias, mixing)
     if len({scaling.width for scaling in found.values()}) > 1:
         raise ValueError(f"{path}: settings cover different numbers of positions")
     return found
+
+
+def _mixing(raw: Any, width: int, where: str) -> Mixing | None:
+    if raw is None:
+        return None
+    where = f"{where}: 'with_certainty'"
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} is {raw!r:.60}; expected an object")
+    limits = {"weight": _WEIGHT, "certainty": _WEIGHT, "bias": _BIAS}
+    found = [_numbers(raw.get(key), limits[key], where) for key in limits]
+    if any(len(values) != width for values in found):
+        raise ValueError(f"{where} does not cover the {width} positions of the rest")
+    return Mixing(*found)
 
 
 def _numbers(values: Any, limits: tuple[float, float], where: str) -> tuple[float, ...]:
@@ -125,15 +140,27 @@ def setting(request_temperature: float, fit: Fit, **facts: Any) -> dict[str, Any
     Args:
         facts: more keys that say how the rounds were made.
     """
+    mixing = fit.scaling.mixing
+    mixed = {}
+    if mixing is not None:
+        mixed["with_certainty"] = {
+            "weight": list(mixing.weight),
+            "certainty": list(mixing.certainty),
+            "bias": list(mixing.bias),
+            "ece_after": _nulls(fit.ece_after),
+        }
     return {
         "request_temperature": request_temperature,
         "temperature": list(fit.scaling.temperature),
         "bias": list(fit.scaling.bias),
+        **mixed,
         "map": list(fit.kinds),
         "fit_size": list(fit.fit_size),
         "ece_before": _nulls(fit.ece_before),
-        "ece_after": _nulls(fit.ece_after),
+        "ece_after": _nulls(fit.ece_alone),
         "ece_of_perfect": _nulls(fit.ece_floor),
+        "auc_before": _nulls(fit.auc_before),
+        "auc_after": _nulls(fit.auc_after),
         "note": fit.note,
         **facts,
     }

@@ -4,18 +4,37 @@ Positions are fitted left to right: maps of the earlier ones fixed, map k makes 
 *survival* ∏ c'_i agree with "draft k was accepted". Each position gets the simplest map
 that held-out prompts ask for. Folds are made of prompts: rounds of one text resemble
 each other.
+
+Where the rounds have certainties, all of it is done a second time with confidences that
+are mixed with them (`mixing`), for engines that have both; kept if held-out prompts are
+surely told better by them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dspark.calibration.reliability import BINS, bin_of, ece, ece_floor
+from vllm_dspark.calibration.mixing import cross_fitted, fit_mixing, surely_better
+from vllm_dspark.calibration.reliability import (
+    BINS,
+    auroc,
+    bin_of,
+    conditional_pairs,
+    conditionals,
+    ece,
+    ece_floor,
+)
 from vllm_dspark.calibration.rounds import Floats, Rounds, survival
-from vllm_dspark.calibration.scaling import KINDS, Scaling, fit_position, scale
+from vllm_dspark.calibration.scaling import (
+    KINDS,
+    Mixing,
+    Scaling,
+    fit_position,
+    scale,
+)
 
 FOLDS = 5
 _RESAMPLES = 400
@@ -26,17 +45,20 @@ _SURE = 0.9  # share of resampled sets of prompts in which a map must be better
 class Fit:
     """A scaling and how it did on prompts it was not fitted on.
 
-    Tuples go by position. ECE as in `reliability`, cross-validated.
+    Tuples go by position. ECE and AUROC as in `reliability`, cross-validated.
 
     Args:
         scaling: fitted on everything.
-        kinds: which map each position got (`KINDS`).
+        kinds: which map each position got (`KINDS`) for confidences alone.
         ece_before: of the raw survival.
-        ece_after: of the survival calibrated by folds that had not seen the prompt.
+        ece_after: of the survival calibrated by folds that had not seen the prompt,
+            with certainties if the scaling mixes them in.
         ece_floor: what perfect confidences would show on as many rounds.
         fit_size: rounds that verified k drafts.
         note: for people, when nothing was scaled; else empty.
         held_out: [N, K] the survivals behind ``ece_after``.
+        auc_before, auc_after: of c_k, over rounds whose drafts before k were accepted.
+        ece_alone: as ``ece_after``, without certainties.
     """
 
     scaling: Scaling
@@ -47,6 +69,9 @@ class Fit:
     fit_size: tuple[int, ...]
     note: str
     held_out: Floats
+    auc_before: tuple[float, ...]
+    auc_after: tuple[float, ...]
+    ece_alone: tuple[float, ...]
 
 
 def fit(rounds: Rounds, allow_bias: bool = True, folds: int = FOLDS) -> Fit:
@@ -61,21 +86,73 @@ def fit(rounds: Rounds, allow_bias: bool = True, folds: int = FOLDS) -> Fit:
         ValueError: no confidences, or fewer prompts than folds.
     """
     fold = assign_folds(rounds, folds)
+    alone = _fit(rounds, fold, folds, allow_bias)
+    if rounds.certainty is None:
+        return alone
+    # The weights of a row's mixing, and its maps, come from other folds.
+    mixed = _fit(cross_fitted(rounds, fold), fold, folds, allow_bias)
+    better, worse = (conditionals(f.held_out) for f in (mixed, alone))
+    if not surely_better(rounds, better, worse, _SURE):
+        return alone
+    return replace(
+        alone,
+        scaling=replace(
+            alone.scaling, mixing=_scaled(fit_mixing(rounds), mixed.scaling)
+        ),
+        ece_after=mixed.ece_after,
+        held_out=mixed.held_out,
+        auc_after=mixed.auc_after,
+    )
+
+
+def _scaled(mixing: Mixing, scaling: Scaling) -> Mixing:
+    """The mixing with a scaling's maps after it, as one."""
+    slopes = [1.0 / t for t in scaling.temperature]
+    return Mixing(
+        tuple(w * s for w, s in zip(mixing.weight, slopes, strict=True)),
+        tuple(u * s for u, s in zip(mixing.certainty, slopes, strict=True)),
+        tuple(
+            b * s + more
+            for b, s, more in zip(mixing.bias, slopes, scaling.bias, strict=True)
+        ),
+    )
+
+
+def _fit(rounds: Rounds, fold: NDArray[np.int64], folds: int, allow_bias: bool) -> Fit:
+    """Of the rounds' confidences alone."""
     kinds = KINDS if allow_bias else KINDS[:2]
     validation = _CrossValidation(rounds, fold, folds)
-    chosen = [validation.choose(k, kinds) for k in range(rounds.width)]
+    width = rounds.width
+    chosen = [validation.choose(k, kinds) for k in range(width)]
     raw = survival(rounds.confidence)
-    before = tuple(validation.error(raw, k) for k in range(rounds.width))
-    after = tuple(validation.error(validation.held, k) for k in range(rounds.width))
-    floors = [ece_floor(raw[validation.rows(k), k]) for k in range(rounds.width)]
-    sizes = tuple(int(validation.rows(k).sum()) for k in range(rounds.width))
+    before = tuple(validation.error(raw, k) for k in range(width))
+    after = tuple(validation.error(validation.held, k) for k in range(width))
+    floors = [ece_floor(raw[validation.rows(k), k]) for k in range(width)]
+    sizes = tuple(int(validation.rows(k).sum()) for k in range(width))
     note = "" if any(kind != KINDS[0] for kind in chosen) else _NO_GAIN
     held = validation.held
-    if any(validation.worse(raw, k) for k in range(rounds.width)):
-        chosen, after, note = [KINDS[0]] * rounds.width, before, _WORSE
+    if any(validation.worse(raw, k) for k in range(width)):
+        chosen, after, note = [KINDS[0]] * width, before, _WORSE
         held = raw
     scaling, kinds = _fit_all(rounds, chosen), tuple(chosen)
-    return Fit(scaling, kinds, before, after, tuple(floors), sizes, note, held)
+    return Fit(
+        scaling,
+        kinds,
+        before,
+        after,
+        tuple(floors),
+        sizes,
+        note,
+        held,
+        auc_before=_auc(rounds, rounds.confidence),
+        auc_after=_auc(rounds, conditionals(held)),
+        ece_alone=after,
+    )
+
+
+def _auc(rounds: Rounds, confidence: Floats) -> tuple[float, ...]:
+    pairs = (conditional_pairs(rounds, confidence, k + 1) for k in range(rounds.width))
+    return tuple(auroc(*pair) for pair in pairs)
 
 
 _NO_GAIN = "no temperature helps held-out prompts: temperature 1 at every position"

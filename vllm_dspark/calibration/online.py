@@ -139,6 +139,7 @@ class OnlineSurvival:
         ids: Sequence[Hashable],
         temperatures: Sequence[float],
         confidence: NDArray[np.floating[Any]] | None,
+        certainty: NDArray[np.floating[Any]] | None = None,
     ) -> Prediction:
         """Survival of the drafts of a batch; new requests are taken up.
 
@@ -150,6 +151,9 @@ class OnlineSurvival:
             temperatures: ``[R]`` of their sampling, read when a request is new.
             confidence: ``[R, k]`` raw c_1..c_k, k ≤ γ, NaN past a row's last draft;
                 None without a confidence head, for all γ positions.
+            certainty: ``[R, k]`` z_1..z_k, of which the file's maps may make use; not
+                finite where there is none. Another shape than the confidences' is no
+                certainty.
 
         Raises:
             ValueError: other numbers of rows, or too many positions.
@@ -169,7 +173,9 @@ class OnlineSurvival:
         if not whole:
             usable = np.logical_and.accumulate(usable, axis=1)
             confidence = np.where(usable, confidence, 0.5)
-        x = self._start_maps.logits(confidence, self._setting[rows])
+        if certainty is not None and certainty.shape != confidence.shape:
+            certainty = None
+        x = self._start_maps.logits(confidence, self._setting[rows], certainty)
         p = sigmoid(self._maps.logits(x) + self._offsets.of(CONFIDENCE, rows))
         if not whole:
             p = np.where(usable, p, self._from_history(rows, p.shape[1]))

@@ -107,3 +107,12 @@ def conditional_pairs(
     rows = np.isfinite(confidence[:, k - 1]) & (rounds.num_drafts >= k)
     rows &= rounds.accepted >= k - 1
     return confidence[rows, k - 1], rounds.accepted[rows] >= k
+
+
+def conditionals(survivals: Floats) -> Floats:
+    """Confidences c_k [N, K] of survivals a_k: the ratios of neighbours."""
+    before = np.concatenate([np.ones((len(survivals), 1)), survivals[:, :-1]], axis=1)
+    ratios: Floats = np.divide(
+        survivals, before, out=np.zeros_like(survivals), where=~(before == 0)
+    )
+    return ratios

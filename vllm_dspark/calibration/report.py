@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.calibration.fitting import FOLDS, Fit, fit
+from vllm_dspark.calibration.reliability import conditionals
 from vllm_dspark.calibration.rounds import Floats, Rounds, survival
 from vllm_dspark.calibration.summary import summarise
 
@@ -65,21 +66,15 @@ def drift(rounds: Rounds, everything: Fit, allow_bias: bool) -> dict[str, list[f
         table[name] = [
             float(np.nanmean(own.ece_after))
             if other == name
-            else _mean_ece(parts[other], own.scaling.apply(parts[other].confidence))
+            else _mean_ece(
+                parts[other],
+                own.scaling.apply(parts[other].confidence, parts[other].certainty),
+            )
             for other in names
         ]
     held = conditionals(everything.held_out)
     table["all"] = [_mean_ece(parts[n], held[rounds.dataset == n]) for n in names]
     return table
-
-
-def conditionals(survivals: Floats) -> Floats:
-    """Confidences c_k [N, K] of survivals a_k: the ratios of neighbours."""
-    before = np.concatenate([np.ones((len(survivals), 1)), survivals[:, :-1]], axis=1)
-    ratios: Floats = np.divide(
-        survivals, before, out=np.zeros_like(survivals), where=~(before == 0)
-    )
-    return ratios
 
 
 def _mean_ece(rounds: Rounds, confidence: Floats) -> float:

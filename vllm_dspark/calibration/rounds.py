@@ -40,6 +40,7 @@ class Rounds:
     Shape: confidence ``[N, K]``, NaN where a round had fewer drafts (or there is no
     confidence head); num_drafts, accepted, prompt, depth ``[N]``; dataset ``[N]``
     strings. ``depth`` is the generated position of the anchor, 0 for the first token.
+    certainty ``[N, K]`` as confidence, None where no round has any.
     """
 
     confidence: Floats
@@ -48,6 +49,7 @@ class Rounds:
     prompt: Ints
     depth: Ints
     dataset: NDArray[np.str_]
+    certainty: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -71,6 +73,7 @@ class Rounds:
             self.prompt[rows],
             self.depth[rows],
             self.dataset[rows],
+            None if self.certainty is None else self.certainty[rows],
         )
 
     def of(self, dataset: str) -> Rounds:
@@ -99,13 +102,14 @@ def collect(prompts: Iterable[PromptRounds], width: int) -> Rounds:
         ValueError: a round has more than ``width`` drafts.
     """
     rows = [(text, step) for text in prompts for step in text.steps]
-    confidence = np.full((len(rows), width), np.nan)
+    confidence, certainty = np.full((2, len(rows), width), np.nan)
     for i, (_, step) in enumerate(rows):
         if len(step.draft_ids) > width:
             raise ValueError(
                 f"a round has {len(step.draft_ids)} drafts, more than {width}"
             )
         confidence[i, : len(step.confidence)] = step.confidence
+        certainty[i, : len(step.certainty)] = step.certainty
     return Rounds(
         confidence,
         _ints([len(step.draft_ids) for _, step in rows]),
@@ -113,6 +117,7 @@ def collect(prompts: Iterable[PromptRounds], width: int) -> Rounds:
         _ints([text.prompt for text, _ in rows]),
         _ints([step.anchor_position - text.prompt_len for text, step in rows]),
         np.array([text.dataset for text, _ in rows], dtype=np.str_),
+        certainty if np.isfinite(certainty).any() else None,
     )
 
 

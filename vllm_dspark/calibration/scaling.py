@@ -24,19 +24,49 @@ KINDS: tuple[str, ...] = ("none", "temperature", "bias")
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """σ(weight·logit(c) + certainty·z + bias) of positions 1..K (`mixing`)."""
+
+    weight: tuple[float, ...]
+    certainty: tuple[float, ...]
+    bias: tuple[float, ...]
+
+    def apply(self, confidence: Floats, certainty: Floats) -> Floats:
+        """Mixed confidences ``[N, k]``, k ≤ K; as they are without a certainty."""
+        k = confidence.shape[1]
+        weight, share, bias = (
+            np.array(v[:k]) for v in (self.weight, self.certainty, self.bias)
+        )
+        known = np.isfinite(certainty)
+        x = logit(confidence) * weight + np.where(known, certainty, 0.0) * share + bias
+        mixed: Floats = np.where(known, sigmoid(x), confidence)
+        return mixed
+
+
+@dataclass(frozen=True)
 class Scaling:
-    """The maps of positions 1..K; temperature 1 and bias 0 change nothing."""
+    """The maps of positions 1..K; temperature 1 and bias 0 change nothing.
+
+    Args:
+        temperature, bias: of confidences alone.
+        mixing: instead of both, where there is a certainty.
+    """
 
     temperature: tuple[float, ...]
     bias: tuple[float, ...]
+    mixing: Mixing | None = None
 
     @property
     def width(self) -> int:
         """K, the positions it covers."""
         return len(self.temperature)
 
-    def apply(self, confidence: Floats) -> Floats:
+    def apply(self, confidence: Floats, certainty: Floats | None = None) -> Floats:
         """Calibrated confidences ``[N, k]`` for k ≤ K; NaN stays NaN.
+
+        Args:
+            confidence: ``[N, k]`` raw.
+            certainty: ``[N, k]``, NaN where there is none; None: nowhere.
 
         Raises:
             ValueError: more positions than were calibrated.
@@ -51,7 +81,11 @@ class Scaling:
             scale(confidence[:, k], self.temperature[k], self.bias[k])
             for k in range(confidence.shape[1])
         ]
-        return np.stack(columns, axis=1) if columns else confidence.copy()
+        plain = np.stack(columns, axis=1) if columns else confidence.copy()
+        if self.mixing is None or certainty is None:
+            return plain
+        mixed = self.mixing.apply(confidence, certainty)
+        return np.where(np.isfinite(certainty), mixed, plain)
 
 
 def identity(width: int) -> Scaling:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.rounds import Floats, Ints
-from vllm_dspark.calibration.scaling import identity
+from vllm_dspark.calibration.scaling import Scaling, identity
 
 # Outcomes cannot confirm confidences nearer to 0 or 1 than these logits (0.9997), and
 # a single one beyond would outweigh everything else in the regression.
@@ -43,6 +43,17 @@ class StartingMaps:
             [1 / np.array(s.temperature[:width]) for s in self._scalings]
         )
         self._bias = np.array([s.bias[:width] for s in self._scalings])
+        self._mixed = np.array([s.mixing is not None for s in self._scalings])
+        rows = [self._mixing(s, width) for s in self._scalings]
+        self._weight, self._share, self._shift = np.array(rows).swapaxes(0, 1)
+
+    @staticmethod
+    def _mixing(scaling: Scaling, width: int) -> tuple[tuple[float, ...], ...]:
+        """Weights, shares of certainty and biases; zeros where nothing is mixed."""
+        found = scaling.mixing
+        if found is None:
+            return ((0.0,) * width,) * 3
+        return found.weight[:width], found.certainty[:width], found.bias[:width]
 
     def setting(self, temperature: float) -> int:
         """Number of the setting for requests of a temperature."""
@@ -55,13 +66,27 @@ class StartingMaps:
         """Slopes and biases ``[R, K]`` of rows of settings ``[R]``."""
         return self._slope[settings], self._bias[settings]
 
-    def logits(self, confidence: NDArray[np.floating[Any]], settings: Ints) -> Floats:
-        """Logits within ±8 of ``confidence`` [R, k], by each row's setting ``[R]``."""
+    def logits(
+        self,
+        confidence: NDArray[np.floating[Any]],
+        settings: Ints,
+        certainty: NDArray[np.floating[Any]] | None = None,
+    ) -> Floats:
+        """Logits within ±8 of ``confidence`` [R, k], by each row's setting ``[R]``.
+
+        Args:
+            certainty: ``[R, k]``, not finite where there is none; None: nowhere.
+        """
         c = np.minimum(np.maximum(confidence.astype(np.float64), _EDGE), 1 - _EDGE)
         x: Floats = np.log(c / (1 - c))
         if self._calibration is None:
             return x
         k = x.shape[1]
-        x = x * self._slope[settings, :k] + self._bias[settings, :k]
-        mapped: Floats = np.minimum(np.maximum(x, -MAX_LOGIT), MAX_LOGIT)
+        y = x * self._slope[settings, :k] + self._bias[settings, :k]
+        if certainty is not None and self._mixed.any():
+            known = np.isfinite(certainty) & self._mixed[settings, None]
+            z = np.where(known, certainty, 0.0) * self._share[settings, :k]
+            mixed = x * self._weight[settings, :k] + z + self._shift[settings, :k]
+            y = np.where(known, mixed, y)
+        mapped: Floats = np.minimum(np.maximum(y, -MAX_LOGIT), MAX_LOGIT)
         return mapped

@@ -44,6 +44,7 @@ class Summary:
         auc_survival: AUROC of a_k, over the rounds of ``ece_raw``.
         brier_raw: Brier score of a_k.
         brier_calibrated: the same with calibrated confidences.
+        auc_calibrated: as ``auc``, of calibrated confidences.
     """
 
     tau: float
@@ -58,10 +59,11 @@ class Summary:
     auc_survival: tuple[float, ...] = ()
     brier_raw: tuple[float, ...] = ()
     brier_calibrated: tuple[float, ...] = ()
+    auc_calibrated: tuple[float, ...] = ()
 
 
 # What ``vllm-dspark evaluate --json`` has for each dataset.
-KEYS = tuple(field.name for field in fields(Summary))[:7]
+KEYS = (*[field.name for field in fields(Summary)][:7], "auc_calibrated")
 
 
 def summarise(rounds: Rounds, calibrated: Floats | None = None) -> Summary:
@@ -101,6 +103,7 @@ def summarise(rounds: Rounds, calibrated: Floats | None = None) -> Summary:
         auc_survival=by_position(auroc, survival_pairs, raw),
         brier_raw=by_position(brier, survival_pairs, raw),
         brier_calibrated=by_position(brier, survival_pairs, after),
+        auc_calibrated=by_position(auroc, conditional_pairs, after),
     )
 
 

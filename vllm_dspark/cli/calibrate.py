@@ -161,6 +161,8 @@ def _table(temperature: float, rounds: Rounds, fitted: Fit) -> Table:
         ("ECE before, %", fitted.ece_before),
         ("ECE after (held out), %", fitted.ece_after),
         ("ECE of perfect, %", fitted.ece_floor),
+        ("AUC before, %", fitted.auc_before),
+        ("AUC after (held out), %", fitted.auc_after),
     ):
         table.add_row(label, *(_percent(value) for value in values))
     table.add_row("temperature", *(f"{t:.2f}" for t in fitted.scaling.temperature))

@@ -24,6 +24,7 @@ def batch_of(
     requests: list[Request],
     confidences: dict[str, np.ndarray],
     slo_tps: float,
+    certainties: dict[str, np.ndarray] | None = None,
 ) -> Batch:
     """The step that a scheduler would build now.
 
@@ -32,17 +33,20 @@ def batch_of(
         requests: those that decode.
         confidences: raw c_1.. by request, as far as they are known.
         slo_tps: the goal of requests that name none.
+        certainties: z_1.. by request, likewise.
     """
     num_drafts = np.array([len(r.spec_token_ids) for r in requests], dtype=np.int64)
-    rows = [confidences.get(r.request_id) for r in requests]
+    ids = tuple(r.request_id for r in requests)
+    width, known = int(num_drafts.max(initial=0)), certainties or {}
     return Batch(
-        tuple(r.request_id for r in requests),
+        ids,
         tuple(temperature(r) for r in requests),
         num_drafts,
-        filled(rows, int(num_drafts.max(initial=0))),
+        filled([confidences.get(i) for i in ids], width),
         prefill_tokens(scheduler, len(requests)),
         sum(r.num_computed_tokens for r in requests),
         np.array([_goal(r, slo_tps) for r in requests], dtype=np.float64),
+        filled([known.get(i) for i in ids], width),
     )
 
 
@@ -50,11 +54,11 @@ def filled(rows: list[np.ndarray | None], width: int) -> np.ndarray | None:
     """Rows ``[R, width]`` with NaN where there is nothing; None if there is nothing."""
     if not width or all(row is None for row in rows):
         return None
-    confidence = np.full((len(rows), width), np.nan)
+    values = np.full((len(rows), width), np.nan)
     for i, row in enumerate(rows):
         if row is not None:
-            confidence[i, : len(row[:width])] = row[:width]
-    return confidence
+            values[i, : len(row[:width])] = row[:width]
+    return values
 
 
 def prefill_tokens(scheduler: Any, decoding: int) -> int:

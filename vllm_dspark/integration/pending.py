@@ -62,14 +62,16 @@ class PendingDrafts:
             for i, row in enumerate(drafted.rows.tolist()):
                 self._at[req_ids[row]] = (drafted.block, i)
 
-    def confidence(self, req_id: str, count: int) -> list[float]:
-        """c_1..c_count of a request's drafts; empty without a confidence head."""
+    def signals(self, req_id: str, count: int) -> tuple[list[float], list[float]]:
+        """c_1..c_count and z_1..z_count of a request's drafts; empty if not known."""
         if not count:
-            return []
+            return [], []
         block, row = self._at[req_id]
-        if block.confidence is None:
-            return []
-        return block.confidence[row, :count].tolist()
+        confidence, certainty = (
+            [] if values is None else values[row, :count].tolist()
+            for values in (block.confidence, block.certainty)
+        )
+        return confidence, certainty
 
     def distributions(
         self, req_ids: Sequence[str], counts: Sequence[int]

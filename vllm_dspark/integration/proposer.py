@@ -296,6 +296,7 @@ class DSparkProposer(DFlashProposer):
             draft_support=draft.draft_support,
             confidence=draft.confidence,
             finite=draft.finite,
+            certainty=draft.certainty,
         )
 
 

@@ -18,13 +18,14 @@ from vllm_dspark.schedule.cost_file import CostFile
 
 @dataclass
 class DSparkDraftTokenIds(DraftTokenIds):
-    """Drafts with their confidences; pickled from the worker to the scheduler.
+    """Drafts with what is known of them; pickled from the worker to the scheduler.
 
-    Shape: confidences [num_reqs, K] float32 (rows as ``req_ids``), or None without a
-    confidence head.
+    Shape: confidences, certainties [num_reqs, K] float32 (rows as ``req_ids``); None
+    without a confidence head, certainties also where no backend computes them.
     """
 
     confidences: np.ndarray | None = field(default=None)
+    certainties: np.ndarray | None = field(default=None)
 
 
 @dataclass(frozen=True)

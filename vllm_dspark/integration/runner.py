@@ -242,17 +242,27 @@ class DSparkRunnerMixin:
         if not req_ids:
             return None
         tokens: list[list[int]] = [[] for _ in req_ids]
-        confidences = None
+        confidences = certainties = None
         if drafted is not None:
             block = drafted.block
             drafts, finite = block.token_ids.tolist(), block.finite.tolist()
             for i, row in enumerate(drafted.rows.tolist()):
                 if finite[i]:
                     tokens[row] = drafts[i]
-            if block.confidence is not None:
-                confidences = np.zeros((len(req_ids), block.token_ids.shape[1]), "f4")
-                confidences[drafted.rows] = block.confidence.cpu().numpy()
-        return DSparkDraftTokenIds(req_ids, tokens, confidences)
+            confidences = _spread(block.confidence, drafted.rows, len(req_ids))
+            certainties = _spread(block.certainty, drafted.rows, len(req_ids))
+        return DSparkDraftTokenIds(req_ids, tokens, confidences, certainties)
+
+
+def _spread(
+    values: torch.Tensor | None, rows: np.ndarray, num_reqs: int
+) -> np.ndarray | None:
+    """Values ``[n, K]`` of some rows of a batch as ``[num_reqs, K]`` float32."""
+    if values is None:
+        return None
+    spread = np.zeros((num_reqs, values.shape[1]), "f4")
+    spread[rows] = values.cpu().numpy()
+    return spread
 
 
 def _no_drafts(num_reqs: int, device: torch.device) -> SpecDecodeMetadata:

@@ -50,6 +50,7 @@ class Steering:
         super().__init__(*args, **kwargs)
         # Raw c_1..c_K of drafts by request: which ones, the subclass knows.
         self.draft_confidences: dict[str, np.ndarray] = {}
+        self.draft_certainties: dict[str, np.ndarray] = {}  # z_1..z_K likewise
         self.controller = self._build()
         spec = self.vllm_config.speculative_config
         self._samples_drafts = spec.draft_sample_method == "probabilistic"
@@ -78,7 +79,11 @@ class Steering:
         self._started = now
         requests = [r for r in self.running if decodes(r)]
         batch = batch_of(
-            self, requests, self._known(requests), self.controller.policy.slo_tps
+            self,
+            requests,
+            self._known(requests),
+            self.controller.policy.slo_tps,
+            self.draft_certainties,
         )
         start = time.perf_counter()
         self._choice = choice = self.controller.draft(batch)

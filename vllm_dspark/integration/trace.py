@@ -4,9 +4,9 @@
 request: ``request`` (vLLM's id), ``position`` and ``anchor`` (the last known token),
 ``drafts`` (those verified, possibly cut by structured output; none when the drafter
 had no room or its logits were not finite), ``accepted`` (how many of them),
-``confidences`` (c_1..c_ℓ; empty without a confidence head) and ``temperature``. A round
-of an aborted request is there if it ran. The round that ends a text counts in full,
-also what lies past the end.
+``confidences`` (c_1..c_ℓ) and ``certainties`` (z_1..z_ℓ; both empty without a
+confidence head) and ``temperature``. A round of an aborted request is there if it ran.
+The round that ends a text counts in full, also what lies past the end.
 
 Lines are written in whole blocks: at the latest in the step after a request has ended,
 which a server always makes, and when the engine shuts down.
@@ -67,13 +67,15 @@ class Trace:
             if not decoding[row]:
                 continue
             position = int(batch.num_tokens_no_spec[row]) - 1
+            confidence, certainty = pending.signals(req_id, n)
             self._lines.add(
                 request=req_id,
                 position=position,
                 anchor=int(batch.token_ids_cpu[row, position]),
                 drafts=mine,
                 accepted=int(emitted[row]) - 1,
-                confidences=pending.confidence(req_id, n),
+                confidences=confidence,
+                certainties=certainty,
                 temperature=requests[req_id].sampling_params.temperature,
             )
 

@@ -33,12 +33,20 @@ class HostTrimming(Steering):
         ids = draft_token_ids.req_ids
         self._keep_forbidden(draft_token_ids)
         self._without_skipped(ids)
-        confidences = getattr(draft_token_ids, "confidences", None)
-        self.draft_confidences: dict[str, np.ndarray] = {}
-        if confidences is None:
-            return
-        for req_id, row in zip(ids, confidences, strict=True):
-            request = self.requests.get(req_id)
-            if request is not None and request.spec_token_ids:
-                # Structured output may have cut the drafts; the prefix stays valid.
-                self.draft_confidences[req_id] = row[: len(request.spec_token_ids)]
+        # Structured output may have cut the drafts; the prefix stays valid.
+        lengths = {
+            req_id: len(request.spec_token_ids)
+            for req_id in ids
+            if (request := self.requests.get(req_id)) is not None
+            and request.spec_token_ids
+        }
+
+        def by_request(name: str) -> dict[str, np.ndarray]:
+            rows = getattr(draft_token_ids, name, None)
+            if rows is None:
+                return {}
+            pairs = zip(ids, rows, strict=True)
+            return {i: row[: lengths[i]] for i, row in pairs if i in lengths}
+
+        self.draft_confidences = by_request("confidences")
+        self.draft_certainties = by_request("certainties")

@@ -69,6 +69,10 @@ class SequentialDraft:
         draft_support: target ids of the S columns, int32: ``[R, K, S]`` with topk,
             ``[1, 1, Vd]`` with a reduced vocabulary, None where column i is id i.
         confidence: ``[R, K]`` float32 in (0, 1), or None without a confidence head.
+        certainty: ``[R, K]`` float32, log(p / (1 − p)) of the likeliest candidate's
+            probability p at temperature 1, at most −log 1e-4; it depends on x_{k-1},
+            never on x_k. None without a confidence head, and from the triton backend,
+            which does not compute it.
         finite: ``[R]`` bool, False if a request's logits held NaN or no finite
             maximum, or its confidence was not finite. Its tokens are then in range
             but otherwise unspecified.
@@ -81,6 +85,7 @@ class SequentialDraft:
     confidence: Tensor | None
     finite: Tensor
     backend: str
+    certainty: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def run(inputs: SequentialInputs) -> SequentialDraft:
     support = None if topk is None else torch.empty(shape, dtype=torch.int32)
     scored = head.confidence_weight is not None
     confidence = torch.empty((r, k), dtype=f32) if scored else None
+    certainty = torch.empty((r, k), dtype=f32) if scored else None
     # A block of no positions has nothing that is not finite.
     finite = torch.ones((r,), dtype=torch.bool)
     require().draft_sequential(
@@ -83,8 +84,11 @@ def run(inputs: SequentialInputs) -> SequentialDraft:
         capsule(probs),
         capsule(support),
         capsule(confidence),
+        capsule(certainty),
         capsule(finite),
     )
     if topk is None:
         support = whole_support(head)
-    return SequentialDraft(tokens, probs, support, confidence, finite, "native")
+    return SequentialDraft(
+        tokens, probs, support, confidence, finite, "native", certainty
+    )

@@ -16,6 +16,9 @@ from vllm_dspark.ops.sequential import (
     SequentialInputs,
 )
 
+# Weight of all other tokens against the likeliest, below which float32 sums say little.
+_LEAST_OTHERS = 1e-4
+
 
 def latent(
     head: SequentialHead, hidden: Tensor, markov: Tensor, state: Tensor
@@ -61,6 +64,13 @@ def confidence(head: SequentialHead, hidden: Tensor, markov: Tensor | None) -> T
     return logit.sigmoid()
 
 
+def certainty(logits: Tensor) -> Tensor:
+    """Log-odds of the likeliest of ``[R, S]`` logits at temperature 1, ``[R]``."""
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    others = weights.sum(-1, dtype=torch.float64) - 1.0
+    return -others.clamp_min(_LEAST_OTHERS).log().float()
+
+
 def candidates(base: Tensor, topk: int) -> Tensor:
     """Ascending draft ids of the largest of each row, ``[R, K, topk]`` int64."""
     # A stable sort, for torch.topk does not promise the lowest index among equals.
@@ -77,7 +87,7 @@ def run(inputs: SequentialInputs) -> SequentialDraft:
     tokens = torch.empty((r, k), dtype=torch.int64, device=device)
     probs = torch.zeros((r, k, width), dtype=f32, device=device)
     ids = torch.arange(vocab, device=device).expand(r, k, vocab)
-    confidences = torch.empty((r, k), dtype=f32, device=device)
+    confidences, certainties = torch.empty((2, r, k), dtype=f32, device=device)
     finite = torch.ones(r, dtype=torch.bool, device=device)
     state = torch.zeros((r, head.rank), dtype=f32, device=device)
     previous = inputs.anchor_ids.long()
@@ -96,6 +106,7 @@ def run(inputs: SequentialInputs) -> SequentialDraft:
         if head.confidence_weight is not None:
             confidences[:, j] = confidence(head, hidden, markov)
             finite &= confidences[:, j].isfinite()
+            certainties[:, j] = certainty(logits)
         picks = [_choose(inputs, i, j, logits[i], probs[i, j]) for i in range(r)]
         chosen = torch.tensor(picks, dtype=torch.int64, device=device)
         tokens[:, j] = ids[:, j].gather(1, chosen[:, None])[:, 0]
@@ -109,6 +120,7 @@ def run(inputs: SequentialInputs) -> SequentialDraft:
         None if head.confidence_weight is None else confidences,
         finite,
         "reference",
+        None if head.confidence_weight is None else certainties,
     )
 
 

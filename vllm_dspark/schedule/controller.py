@@ -178,7 +178,9 @@ class Controller:
             extra = float(draft_cost(len(batch.ids), np.array([positions]))[0])
         made, survival = None, np.zeros((len(batch.ids), 0))
         if batch.num_drafts.any():
-            made = self.survival.apply(batch.ids, batch.temperatures, batch.confidence)
+            made = self.survival.apply(
+                batch.ids, batch.temperatures, batch.confidence, batch.certainty
+            )
             survival = made.survival
         elif batch.ids:
             self.survival.rest()

@@ -25,6 +25,8 @@ class Batch:
         prefill_tokens: further tokens of the step.
         context_tokens: tokens that the R requests attend to.
         slo_tps: ``[R]`` goals, 0 for none.
+        certainty: ``[R, k]`` z_1..z_k of the drafts, NaN where there is none; None if
+            there is none at all.
     """
 
     ids: tuple[str, ...]
@@ -34,6 +36,7 @@ class Batch:
     prefill_tokens: int
     context_tokens: int
     slo_tps: Floats
+    certainty: NDArray[np.floating] | None = None
 
     @property
     def base_tokens(self) -> int:

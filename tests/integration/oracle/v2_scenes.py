@@ -63,7 +63,7 @@ def regime(eng: Engine, seconds: Seconds) -> Any:
     controller.drafting = Drafting(WIDTH, QUICK)
     controller.price(table_of(seconds))
     controller.timed = lambda *args: None
-    scheduler.draft_confidences = {}
+    scheduler.draft_confidences, scheduler.draft_certainties = {}, {}
     return controller
 
 

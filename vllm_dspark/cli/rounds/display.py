@@ -62,6 +62,7 @@ def _rows(
         ("accepted, given k−1", mean.acceptance_conditional, False),
         ("accepted, 1 to k", mean.acceptance_cumulative, False),
         ("AUC of c_k", mean.auc, False),
+        ("AUC of c_k, calibrated", mean.auc_calibrated, False),
         ("AUC of survival", mean.auc_survival, False),
         ("Brier, raw", mean.brier_raw, False),
         ("Brier, calibrated", mean.brier_calibrated, False),
@@ -74,6 +75,8 @@ def _rows(
             ("pooled: ECE raw, %", pooled.ece_raw, True),
             ("pooled: ECE calibrated, %", pooled.ece_calibrated, True),
             ("pooled: ECE of perfect, %", pooled.ece_floor, True),
+            ("pooled: AUC of c_k", pooled.auc, False),
+            ("pooled: AUC of c_k, calibrated", pooled.auc_calibrated, False),
         ]
     return rows
 

@@ -216,6 +216,7 @@ def read_trace(file: Path) -> dict[Key, list[StepRecord]]:
             tuple(row["drafts"]),
             row["accepted"],
             tuple(row["confidences"]),
+            tuple(row["certainties"]),
         )
         found.setdefault((int(name[1]), int(name[2])), []).append(step)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_dspark.calibration import plots, report
 from vllm_dspark.calibration.fitting import Fit
-from vllm_dspark.calibration.reliability import BINS
+from vllm_dspark.calibration.reliability import BINS, conditionals
 from vllm_dspark.calibration.rounds import Rounds
 from vllm_dspark.calibration.throughput import CostCurve, simulate
 
@@ -65,7 +65,7 @@ def figures(
     """Bias by domain and depth, drift between domains, throughput by policy."""
     masks = report.groups(rounds)
     raw = report.raw_survival(rounds)
-    held = report.conditionals(fit.held_out)
+    held = conditionals(fit.held_out)
     return {
         "bias": {
             name: {
@@ -120,9 +120,25 @@ def _reliability_rows(fit: Fit) -> list[list[str]]:
         ["ECE before, %", *map(_percent, fit.ece_before)],
         ["ECE after, %", *map(_percent, fit.ece_after)],
         ["ECE of perfect, %", *map(_percent, fit.ece_floor)],
+        ["AUC before", *map(_auc, fit.auc_before)],
+        ["AUC after", *map(_auc, fit.auc_after)],
+        *_mixing_rows(fit),
         ["temperature", *(f"{t:.2f}" for t in fit.scaling.temperature)],
         ["bias", *(f"{b:+.2f}" for b in fit.scaling.bias)],
         ["rounds", *map(str, fit.fit_size)],
+    ]
+
+
+def _mixing_rows(fit: Fit) -> list[list[str]]:
+    """What is mixed in, and what is left without it."""
+    mixing = fit.scaling.mixing
+    if mixing is None:
+        return []
+    return [
+        ["ECE after without certainty, %", *map(_percent, fit.ece_alone)],
+        ["with it: weight", *(f"{w:.2f}" for w in mixing.weight)],
+        ["with it: certainty", *(f"{u:+.2f}" for u in mixing.certainty)],
+        ["with it: bias", *(f"{b:+.2f}" for b in mixing.bias)],
     ]
 
 
@@ -151,6 +167,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _auc(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _points(value: float) -> str:

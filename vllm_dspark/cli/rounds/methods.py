@@ -33,7 +33,9 @@ def from_rounds(
         rounds = collect(mine, drafting.num_speculative_tokens)
         calibrated = None
         if calibration is not None:
-            calibrated = calibration.scaling(temperature).apply(rounds.confidence)
+            calibrated = calibration.scaling(temperature).apply(
+                rounds.confidence, rounds.certainty
+            )
         found.append(
             Evaluation(
                 name,
@@ -128,4 +130,5 @@ def counted(counts: Speculation | None, decoded: int, width: int) -> Summary:
         auc_survival=nothing,
         brier_raw=nothing,
         brier_calibrated=nothing,
+        auc_calibrated=nothing,
     )

@@ -10,63 +10,20 @@ moves on by what the step takes, outcomes are drawn, and the controller is told 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 from _sim_acceptance import Acceptance, Drafter
 from _sim_load import Load, Request
 from _sim_parts import Arm, Counts, Limits, Machine
+from _sim_step import Step
 from numpy.typing import NDArray
 
-from vllm_dspark.calibration.online import Prediction
 from vllm_dspark.schedule.controller import Controller
 from vllm_dspark.schedule.drafting import Reason
 from vllm_dspark.schedule.facts import Batch, DraftPlan, StepTimes
 
 Ints = NDArray[np.int64]
 NO_DRAFTS = DraftPlan(0, Reason.COST)
-
-
-@dataclass
-class _Step:
-    """A step that was built.
-
-    Args:
-        decoding: the requests that have decoded so far, R of them.
-        plan: of drafting at its end.
-        batch: what the controller was told; None without one.
-        made: what it predicted.
-        lens: ``[R]`` drafts verified; taking_part: ``[R]`` bool, False where the token
-            budget had nothing left for a request.
-        prompts: requests and the tokens of their prompts.
-    """
-
-    decoding: list[Request]
-    plan: DraftPlan
-    batch: Batch | None
-    made: Prediction | None
-    lens: Ints
-    taking_part: NDArray[np.bool_]
-    prompts: list[tuple[Request, int]] = field(default_factory=list)
-
-    @property
-    def rows(self) -> list[int]:
-        return np.flatnonzero(self.taking_part).tolist()
-
-    @property
-    def prefill(self) -> int:
-        return sum(tokens for _, tokens in self.prompts)
-
-    @property
-    def tokens(self) -> int:
-        """B."""
-        return int(self.taking_part.sum() + self.lens.sum()) + self.prefill
-
-    @property
-    def emitting(self) -> list[Request]:
-        """Requests that it gives tokens to."""
-        done = [request for request, tokens in self.prompts if request.prompt == tokens]
-        return [self.decoding[i] for i in self.rows] + done
 
 
 class Engine:
@@ -156,17 +113,17 @@ class Engine:
         self._leave(load)
         self._draft([r for r in drafted_for if r.output], step.plan.positions)
 
-    def _planned(self, decoding: list[Request]) -> _Step:
+    def _planned(self, decoding: list[Request]) -> Step:
         """What the controller says of the requests that decode."""
         count = len(decoding)
         if self.controller is None:
             nothing = np.zeros(count, dtype=np.int64)
-            return _Step(decoding, NO_DRAFTS, None, None, nothing, nothing > 0)
+            return Step(decoding, NO_DRAFTS, None, None, nothing, nothing > 0)
         batch = self._batch(decoding)
         plan = self.controller.draft(batch)
         chosen, made = self.controller.verify(batch, plan.positions)
         lens = chosen.verify_lens
-        return _Step(decoding, plan, batch, made, lens, np.zeros(count, dtype=np.bool_))
+        return Step(decoding, plan, batch, made, lens, np.zeros(count, dtype=np.bool_))
 
     def _batch(self, decoding: list[Request]) -> Batch:
         num_drafts = np.array([r.drafts for r in decoding], dtype=np.int64)
@@ -192,7 +149,7 @@ class Engine:
         wanted += sum(r.prompt for r in self.waiting[: max(places, 0)])
         return max(0, min(wanted, self.limits.max_num_batched_tokens - decoding))
 
-    def _schedule(self, step: _Step) -> None:
+    def _schedule(self, step: Step) -> None:
         """Give out the token budget: running requests in order, then waiting ones."""
         left = self.limits.max_num_batched_tokens
         at = iter(range(len(step.decoding)))
@@ -212,13 +169,13 @@ class Engine:
             left -= self._prefill(step, request, left)
 
     @staticmethod
-    def _prefill(step: _Step, request: Request, left: int) -> int:
+    def _prefill(step: Step, request: Request, left: int) -> int:
         tokens = min(request.prompt, left)
         if tokens:
             step.prompts.append((request, tokens))
         return tokens
 
-    def _pass_time(self, step: _Step, drafted_for: int, answers: int) -> None:
+    def _pass_time(self, step: Step, drafted_for: int, answers: int) -> None:
         """Move the clock; tell the controller what the step took."""
         machine, prefill = self.machine, step.prefill
         context = sum(r.context for r in step.decoding)
@@ -266,7 +223,7 @@ class Engine:
 
     # ---- after a step ----
 
-    def _advance(self, step: _Step, accepted: Ints) -> None:
+    def _advance(self, step: Step, accepted: Ints) -> None:
         """Tokens out, K/V in."""
         counts, rows = self.counts, step.rows
         put_off = self.machine.puts_off and not step.plan.positions

@@ -30,11 +30,12 @@ from vllm_dspark.schedule import cost_file
 from vllm_dspark.schedule.correction import LiveCost
 
 ROW = {"request_temperature": 0.0, "temperature": [1.0, 2.0], "bias": [0.0, 0.1]}
+MIXED = {"weight": [0.5, 1.0], "certainty": [0.7, 0.6], "bias": [-0.1, 0.0]}
 CALIBRATION = {
     "schema": 1,
     "kind": "dspark-calibration",
     "weights_hash": "abc",
-    "settings": [ROW, {**ROW, "request_temperature": 1.0}],
+    "settings": [{**ROW, "with_certainty": MIXED}, {**ROW, "request_temperature": 1.0}],
     "data": {"label": "some text"},
 }
 
@@ -49,8 +50,10 @@ def calibrated(path: Path, content: bytes) -> None:
         survival = OnlineSurvival(2, found)
     except ValueError:
         return
-    made = survival.apply("ab", (0.0, 0.7), np.array([[0.5, 0.9], [0.0, 1.0]]))
-    assert ((made.survival >= 0) & (made.survival <= 1)).all()
+    confidence = np.array([[0.5, 0.9], [0.0, 1.0]])
+    for certainty in (None, np.array([[1.0, -9.0], [np.nan, np.inf]])):
+        made = survival.apply("ab", (0.0, 0.7), confidence, certainty)
+        assert ((made.survival >= 0) & (made.survival <= 1)).all()
 
 
 @FUZZ

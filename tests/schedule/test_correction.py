@@ -190,14 +190,16 @@ def test_a_snapshot_is_kept_until_it_matters() -> None:
     assert live.snapshot() is table
     live.observe(8, 0, float(step_time(8)) * 1.05)
     assert live.snapshot() is table, "not urgent"
-    for _ in range(8):
+    for _ in range(29):
         live.observe(8, 0, float(step_time(8)) * 1.05)
+    assert live.snapshot() is table, "one observation too few"
+    live.observe(8, 0, float(step_time(8)) * 1.05)
     mended = live.snapshot()
     assert mended is not table and live.snapshot() is mended
     for _ in range(4):
         live.observe(8, 0, float(step_time(8)) * 1.5)
     assert live.snapshot() is not mended, "urgent"
-    assert live.observed == 14
+    assert live.observed == 36
 
 
 def test_what_cannot_be_a_time_is_passed_over() -> None:

@@ -33,9 +33,10 @@ _MAX_ROWS = 6  # of the drafter's grid
 _UPKEEP = 0.25  # positions that 0 positions count as: as far from 1 as 1 from 4
 _MATERIAL = 0.02  # relative change of any factor that makes a new snapshot
 _URGENT = 0.10  # such a change makes it at once
-# Otherwise so many observations pass first: one takes a millisecond with all that is
-# planned anew by it, and on a machine that wavers every step would make one.
-_SNAPSHOT_EVERY = 8
+# Otherwise so many observations pass first, two of a step that drafts: one takes a
+# millisecond with all that is planned anew by it, and on a machine that wavers every
+# step would make one.
+_SNAPSHOT_EVERY = 32
 _WINDOW = 256  # observations that `error` looks back on
 _MAX_CACHED = 4096
 # What a prompt's token may count as, of a token of B.

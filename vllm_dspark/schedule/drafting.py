@@ -229,8 +229,9 @@ class Drafting:
         if not self._lengths(facts.allowed)[self._length]:
             return True  # it misses the goal, which comes before throughput
         promised = float(self._gain[best] - self._gain[self._length])
-        # In doubt no drafts: what they cost is certain, what they bring is predicted.
-        return promised > (0 if best == 0 else math.log1p(self.options.margin))
+        # In doubt fewer: what drafts cost is certain, what they bring is predicted.
+        fewer = best < self._length
+        return promised > (0 if fewer else math.log1p(self.options.margin))
 
     def _reason(self, facts: StepFacts, best: int) -> Reason:
         if best == self._length and best != self._best(self._lengths(None)):

@@ -14,8 +14,8 @@ class DraftingOptions:
 
     Args:
         bypass: False to draft at least one position always.
-        margin: relative gain in throughput that a change must promise, except one to a
-            bypass, which need only promise any.
+        margin: relative gain in throughput that a change must promise, except one to
+            fewer positions, which need only promise any.
         hold: steps that a choice lasts at least,
         max_hold: what that grows to before a bypass ends or another length is taken,
             doubling while choices do not last.

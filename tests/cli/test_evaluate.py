@@ -19,7 +19,7 @@ from vllm_dspark.model.checkpoint import weights_hash
 
 KEYS = {
     *("tau", "acceptance_conditional", "acceptance_cumulative"),
-    *("ece_raw", "ece_calibrated", "auc", "rounds"),
+    *("ece_raw", "ece_calibrated", "auc", "auc_calibrated", "rounds"),
 }
 
 

@@ -51,7 +51,10 @@ def files(
     """The drafter, and the calibration and cost table that the user names."""
     folder = tmp_path_factory.mktemp("files")
     drafter = Path(shutil.copytree(tiny_drafter, folder / "drafter"))
-    row = {"request_temperature": 0.0, "temperature": [1.2] * 5, "bias": [0.1] * 5}
+    row: dict[str, Any] = {"request_temperature": 0.0, "temperature": [1.2] * 5}
+    row["bias"] = [0.1] * 5
+    mixing = {"weight": [0.8] * 5, "certainty": [0.5] * 5, "bias": [0.1] * 5}
+    row["with_certainty"] = mixing
     calibration = folder / "calibration.json"
     calibration_file.write(calibration, weights_hash(drafter), [row], {}, {})
     table = Path(cost_table(folder, free))
@@ -194,6 +197,7 @@ def without_one(drafts: Any, number: int) -> None:
         drop = number % len(drafts.req_ids)
         if drafts.confidences is not None:  # nothing may have been drafted
             drafts.confidences = np.delete(drafts.confidences, drop, axis=0)
+            drafts.certainties = np.delete(drafts.certainties, drop, axis=0)
         del drafts.req_ids[drop], drafts.draft_token_ids[drop]
 
 
@@ -202,15 +206,23 @@ def without_confidences(drafts: Any, number: int) -> None:
         drafts.confidences = None
 
 
+def without_certainties(drafts: Any, number: int) -> None:
+    if number % 2:
+        drafts.certainties = None
+
+
 def garbled(drafts: Any, number: int) -> None:
-    """No probabilities in a row of the confidences."""
+    """No probabilities in a row of the confidences, no numbers among certainties."""
     values = (math.nan, -3.0, 2.0, math.inf)
     if drafts.confidences is not None and len(drafts.confidences):
-        row = drafts.confidences[number % len(drafts.confidences)]
-        row[number % 5 :] = values[number % 4]
+        for signal in (drafts.confidences, drafts.certainties):
+            signal[number % len(signal)][number % 5 :] = values[number % 4]
 
 
-@pytest.mark.parametrize("fault", [without_one, without_confidences, garbled])
+FAULTS = [without_one, without_confidences, without_certainties, garbled]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_confidences_that_do_not_arrive(
     dspark: Engine,
     expected: list[list[int]],

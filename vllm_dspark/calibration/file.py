@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,8 @@ def setting(request_temperature: float, fit: Fit, **facts: Any) -> dict[str, Any
     mixing = fit.scaling.mixing
     mixed = {}
     if mixing is not None:
-        mixed["with_certainty"] = {
-            "weight": list(mixing.weight),
-            "certainty": list(mixing.certainty),
-            "bias": list(mixing.bias),
-            "ece_after": _nulls(fit.ece_after),
-        }
+        after = {"ece_after": _nulls(fit.ece_after)}
+        mixed["with_certainty"] = asdict(mixing) | after
     return {
         "request_temperature": request_temperature,
         "temperature": list(fit.scaling.temperature),

@@ -26,6 +26,7 @@ from vllm_dspark.calibration.reliability import (
     conditionals,
     ece,
     ece_floor,
+    resamples,
 )
 from vllm_dspark.calibration.rounds import Floats, Rounds, survival
 from vllm_dspark.calibration.scaling import (
@@ -37,7 +38,6 @@ from vllm_dspark.calibration.scaling import (
 )
 
 FOLDS = 5
-_RESAMPLES = 400
 _SURE = 0.9  # share of resampled sets of prompts in which a map must be better
 
 
@@ -107,15 +107,13 @@ def fit(rounds: Rounds, allow_bias: bool = True, folds: int = FOLDS) -> Fit:
 
 def _scaled(mixing: Mixing, scaling: Scaling) -> Mixing:
     """The mixing with a scaling's maps after it, as one."""
-    slopes = [1.0 / t for t in scaling.temperature]
-    return Mixing(
-        tuple(w * s for w, s in zip(mixing.weight, slopes, strict=True)),
-        tuple(u * s for u, s in zip(mixing.certainty, slopes, strict=True)),
-        tuple(
-            b * s + more
-            for b, s, more in zip(mixing.bias, slopes, scaling.bias, strict=True)
-        ),
+    slope = 1.0 / np.array(scaling.temperature)
+    rows = (
+        np.array(mixing.weight) * slope,
+        np.array(mixing.certainty) * slope,
+        np.array(mixing.bias) * slope + np.array(scaling.bias),
     )
+    return Mixing(*(tuple(row.tolist()) for row in rows))
 
 
 def _fit(rounds: Rounds, fold: NDArray[np.int64], folds: int, allow_bias: bool) -> Fit:
@@ -251,8 +249,7 @@ class _CrossValidation:
         loss = np.bincount(owner, weights=squares, minlength=prompts)
         if total[0] >= total[1] or loss.sum() >= 0:
             return False
-        random = np.random.default_rng(k)
-        weights = random.multinomial(prompts, [1 / prompts] * prompts, _RESAMPLES)
+        weights = resamples(prompts, seed=k)
         errors = [np.abs(weights @ e).sum(axis=1) for e in excess]
         sure = np.mean(errors[0] < errors[1]), np.mean(weights @ loss < 0)
         return bool(min(sure) >= _SURE)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_dspark.calibration.reliability import resamples
 from vllm_dspark.calibration.rounds import Floats, Rounds
 from vllm_dspark.calibration.scaling import Mixing, logit, sigmoid
 
@@ -51,10 +52,8 @@ def cross_fitted(rounds: Rounds, fold: NDArray[np.int64]) -> Rounds:
     mixed = rounds.confidence.copy()
     for number in np.unique(fold):
         inside = fold == number
-        of_others = fit_mixing(rounds, ~inside)
-        mixed[inside] = of_others.apply(
-            rounds.confidence[inside], rounds.certainty[inside]
-        )
+        of_others, plain = fit_mixing(rounds, ~inside), rounds.confidence[inside]
+        mixed[inside] = of_others.apply(plain, rounds.certainty[inside], plain)
     return replace(rounds, confidence=mixed, certainty=None)
 
 
@@ -72,9 +71,7 @@ def surely_better(rounds: Rounds, mixed: Floats, plain: Floats, sure: float) -> 
         gain[rows] += losses[1] - losses[0]
     _, prompt = np.unique(rounds.prompt, return_inverse=True)
     of_prompt = np.bincount(prompt, weights=gain)
-    count = len(of_prompt)
-    random = np.random.default_rng(0)
-    weights = random.multinomial(count, [1 / count] * count, 400)
+    weights = resamples(len(of_prompt), seed=0)
     return bool(np.mean(weights @ of_prompt > 0) >= sure)
 
 
@@ -104,8 +101,9 @@ def _regression(x: Floats, z: Floats, hit: NDArray[np.bool_]) -> Floats:
         slope = features.T @ (p - hit) + _PRIOR * (found - start)
         curve = (features * (p * (1 - p))[:, None]).T @ features + _PRIOR * np.eye(3)
         step = np.linalg.solve(curve, slope)
-        # Halved where the quadratic does not hold far from the start.
-        found = found - step / max(1.0, float(np.abs(step).max()))
-        if float(np.abs(step).max()) < 1e-9:
+        size = float(np.abs(step).max())
+        # Far from the optimum the quadratic does not hold: no longer steps than 1.
+        found = found - step / max(1.0, size)
+        if size < 1e-9:
             break
     return found

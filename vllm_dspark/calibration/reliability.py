@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dspark.calibration.rounds import Floats, Rounds, survival
+from vllm_dspark.calibration.rounds import Floats, Ints, Rounds, survival
 
 BINS = 10
+_RESAMPLES = 400
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,9 @@ def conditionals(survivals: Floats) -> Floats:
         survivals, before, out=np.zeros_like(survivals), where=~(before == 0)
     )
     return ratios
+
+
+def resamples(prompts: int, seed: int) -> Ints:
+    """``[400, prompts]`` how often each prompt is in a set drawn anew of as many."""
+    random = np.random.default_rng(seed)
+    return random.multinomial(prompts, [1 / prompts] * prompts, _RESAMPLES)

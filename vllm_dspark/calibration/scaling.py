@@ -31,15 +31,15 @@ class Mixing:
     certainty: tuple[float, ...]
     bias: tuple[float, ...]
 
-    def apply(self, confidence: Floats, certainty: Floats) -> Floats:
-        """Mixed confidences ``[N, k]``, k ≤ K; as they are without a certainty."""
+    def apply(self, confidence: Floats, certainty: Floats, otherwise: Floats) -> Floats:
+        """Mixed confidences ``[N, k]``, k ≤ K; ``otherwise`` without a certainty."""
         k = confidence.shape[1]
         weight, share, bias = (
             np.array(v[:k]) for v in (self.weight, self.certainty, self.bias)
         )
         known = np.isfinite(certainty)
         x = logit(confidence) * weight + np.where(known, certainty, 0.0) * share + bias
-        mixed: Floats = np.where(known, sigmoid(x), confidence)
+        mixed: Floats = np.where(known, sigmoid(x), otherwise)
         return mixed
 
 
@@ -84,8 +84,7 @@ class Scaling:
         plain = np.stack(columns, axis=1) if columns else confidence.copy()
         if self.mixing is None or certainty is None:
             return plain
-        mixed = self.mixing.apply(confidence, certainty)
-        return np.where(np.isfinite(certainty), mixed, plain)
+        return self.mixing.apply(confidence, certainty, plain)
 
 
 def identity(width: int) -> Scaling:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vllm_dspark.calibration.file import Calibration
 from vllm_dspark.calibration.rounds import Floats, Ints
-from vllm_dspark.calibration.scaling import Scaling, identity
+from vllm_dspark.calibration.scaling import identity
 
 # Outcomes cannot confirm confidences nearer to 0 or 1 than these logits (0.9997), and
 # a single one beyond would outweigh everything else in the regression.
@@ -43,17 +43,15 @@ class StartingMaps:
             [1 / np.array(s.temperature[:width]) for s in self._scalings]
         )
         self._bias = np.array([s.bias[:width] for s in self._scalings])
-        self._mixed = np.array([s.mixing is not None for s in self._scalings])
-        rows = [self._mixing(s, width) for s in self._scalings]
-        self._weight, self._share, self._shift = np.array(rows).swapaxes(0, 1)
-
-    @staticmethod
-    def _mixing(scaling: Scaling, width: int) -> tuple[tuple[float, ...], ...]:
-        """Weights, shares of certainty and biases; zeros where nothing is mixed."""
-        found = scaling.mixing
-        if found is None:
-            return ((0.0,) * width,) * 3
-        return found.weight[:width], found.certainty[:width], found.bias[:width]
+        # The same with certainties, where a setting mixes them in.
+        self._mixes = any(s.mixing for s in self._scalings)
+        self._weight, self._shift = self._slope.copy(), self._bias.copy()
+        self._share = np.zeros_like(self._slope)
+        for i, mixing in enumerate(s.mixing for s in self._scalings):
+            if mixing is not None:
+                self._weight[i] = mixing.weight[:width]
+                self._share[i] = mixing.certainty[:width]
+                self._shift[i] = mixing.bias[:width]
 
     def setting(self, temperature: float) -> int:
         """Number of the setting for requests of a temperature."""
@@ -83,8 +81,8 @@ class StartingMaps:
             return x
         k = x.shape[1]
         y = x * self._slope[settings, :k] + self._bias[settings, :k]
-        if certainty is not None and self._mixed.any():
-            known = np.isfinite(certainty) & self._mixed[settings, None]
+        if certainty is not None and self._mixes:
+            known = np.isfinite(certainty)
             z = np.where(known, certainty, 0.0) * self._share[settings, :k]
             mixed = x * self._weight[settings, :k] + z + self._shift[settings, :k]
             y = np.where(known, mixed, y)

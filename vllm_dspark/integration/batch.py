@@ -23,8 +23,8 @@ def batch_of(
     scheduler: Any,
     requests: list[Request],
     confidences: dict[str, np.ndarray],
+    certainties: dict[str, np.ndarray],
     slo_tps: float,
-    certainties: dict[str, np.ndarray] | None = None,
 ) -> Batch:
     """The step that a scheduler would build now.
 
@@ -32,12 +32,12 @@ def batch_of(
         scheduler: vLLM's.
         requests: those that decode.
         confidences: raw c_1.. by request, as far as they are known.
-        slo_tps: the goal of requests that name none.
         certainties: z_1.. by request, likewise.
+        slo_tps: the goal of requests that name none.
     """
     num_drafts = np.array([len(r.spec_token_ids) for r in requests], dtype=np.int64)
     ids = tuple(r.request_id for r in requests)
-    width, known = int(num_drafts.max(initial=0)), certainties or {}
+    width = int(num_drafts.max(initial=0))
     return Batch(
         ids,
         tuple(temperature(r) for r in requests),
@@ -46,7 +46,7 @@ def batch_of(
         prefill_tokens(scheduler, len(requests)),
         sum(r.num_computed_tokens for r in requests),
         np.array([_goal(r, slo_tps) for r in requests], dtype=np.float64),
-        filled([known.get(i) for i in ids], width),
+        filled([certainties.get(i) for i in ids], width),
     )
 
 

@@ -82,8 +82,8 @@ class Steering:
             self,
             requests,
             self._known(requests),
-            self.controller.policy.slo_tps,
             self.draft_certainties,
+            self.controller.policy.slo_tps,
         )
         start = time.perf_counter()
         self._choice = choice = self.controller.draft(batch)

@@ -3,7 +3,8 @@
     python benchmarks/bench_controller.py --json controller.json
 
 A `Controller` runs as the scheduler runs it, on made-up steps: it chooses what to draft
-and what to verify, then learns from outcomes and from the step's time. ``drafting``:
+and what to verify, for which the device waits; then it learns from outcomes and from
+the step's time and looks ahead, while the device computes the next one. ``drafting``:
 steps cost little more for more tokens, and four drafts in five are accepted.
 ``bypass``: a draft costs nearly as much as a token of its own, and one in four is
 accepted, so that drafting stops but for probes. In both requests come and go (one in
@@ -34,7 +35,9 @@ STATES = {
     "drafting": (((1, 26.0), (64, 27.0), (4096, 60.0)), 0.8),
     "bypass": (((1, 26.0), (8, 34.0), (32, 75.0), (128, 272.0)), 0.25),
 }
-PARTS = ("draft", "verify", "observe", "timed")
+WAITED_FOR, MEANWHILE = ("draft", "verify"), ("observe", "timed", "foresee")
+PARTS = (*WAITED_FOR, *MEANWHILE)
+SUMS = ("waited_for", "total")
 WIDTH = 7
 _STAY = 0.99  # of requests, from a step to the next
 
@@ -104,6 +107,7 @@ class Steps:
         drafts = (n, choice.positions, drafting)
         times = StepTimes(tokens, 200 * n, target, drafts, overhead=0.002)
         self._timed("timed", controller.timed, times)
+        self._timed("foresee", controller.foresee, batch)
         self._drafted = choice.positions
         self.lengths.append(choice.positions)
 
@@ -139,6 +143,7 @@ def main() -> None:
                     "num_reqs": num_reqs,
                     "positions": float(np.mean(steps.lengths[-args.steps :])),
                     **{f"{name}_us": round(us, 1) for name, us in parts.items()},
+                    "waited_for_us": round(sum(parts[p] for p in WAITED_FOR), 1),
                     "total_us": round(sum(parts.values()), 1),
                 }
             )
@@ -147,11 +152,11 @@ def main() -> None:
             row["state"],
             str(row["num_reqs"]),
             f"{row['positions']:.1f}",
-            *(f"{row[f'{name}_us']:,.0f}" for name in (*PARTS, "total")),
+            *(f"{row[f'{name}_us']:,.0f}" for name in (*PARTS, *SUMS)),
         ]
         for row in rows
     ]
-    columns = ["state", "requests", "drafted", *PARTS, "total"]
+    columns = ["state", "requests", "drafted", *PARTS, *SUMS]
     common.print_table("The controller's microseconds of a step", columns, table)
     common.write_json(args.json, {"rows": rows, "load_average": os.getloadavg()})
 

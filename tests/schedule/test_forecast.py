@@ -43,6 +43,12 @@ class Forecasts:
         self.made += 1
         return self._prices.costs(of)
 
+    def ahead(self, of: Batch, news: bool = False) -> int:
+        """How many forecasts are made ahead."""
+        before = self.made
+        self._forecaster.ahead(of, news, self.table, self._costs)
+        return self.made - before
+
     def steps(self, n: int, of: Batch, news: bool = False, urgent: bool = False) -> int:
         """How many forecasts so many steps take."""
         before = self.made
@@ -56,6 +62,21 @@ def test_a_forecast_is_kept_for_a_few_steps() -> None:
     assert forecasts.steps(8, batch()) == 1
     assert forecasts.steps(16, batch()) == 2
     assert forecasts.steps(8, batch(), news=True) == 2
+
+
+def test_a_forecast_made_ahead_is_that_of_the_next_step() -> None:
+    forecasts = Forecasts()
+    assert forecasts.ahead(batch()) == 1
+    for _ in range(6):
+        assert forecasts.steps(1, batch()) == 0
+        assert forecasts.ahead(batch()) == 0
+    assert forecasts.steps(1, batch()) == 0
+    # As often as without, but all of them ahead of the step that would make them.
+    assert forecasts.ahead(batch()) == 1
+    assert forecasts.steps(1, batch()) == 0
+    assert forecasts.ahead(batch(3)) == 1
+    assert forecasts.steps(1, batch(3)) == 0
+    assert forecasts.steps(1, batch(4)) == 1
 
 
 def test_news_that_are_waited_for_are_taken_in_at_once() -> None:

@@ -182,7 +182,7 @@ class Offsets:
 
     def of(self, number: int, rows: Ints) -> Floats:
         """``[R, 1]`` of one map and rows ``[R]``."""
-        values: Floats = self._value[number].take(rows)
+        values: Floats = self._value[number][rows]
         return values[:, None]
 
     def start(self, row: int) -> None:

@@ -39,19 +39,18 @@ class StartingMaps:
                     f"--num-speculative-tokens {width}"
                 )
         self._scalings = scalings or [identity(width)]
-        self._slope = np.array(
-            [1 / np.array(s.temperature[:width]) for s in self._scalings]
-        )
-        self._bias = np.array([s.bias[:width] for s in self._scalings])
-        # The same with certainties, where a setting mixes them in.
+        slope = np.array([1 / np.array(s.temperature[:width]) for s in self._scalings])
+        bias = np.array([s.bias[:width] for s in self._scalings])
+        # [2, S, K] of S settings; the same with certainties, [3, S, K], where a
+        # setting mixes them in.
+        self._plain = np.array([slope, bias])
+        self._mixed = np.array([slope, np.zeros_like(slope), bias])
         self._mixes = any(s.mixing for s in self._scalings)
-        self._weight, self._shift = self._slope.copy(), self._bias.copy()
-        self._share = np.zeros_like(self._slope)
         for i, mixing in enumerate(s.mixing for s in self._scalings):
             if mixing is not None:
-                self._weight[i] = mixing.weight[:width]
-                self._share[i] = mixing.certainty[:width]
-                self._shift[i] = mixing.bias[:width]
+                self._mixed[0, i] = mixing.weight[:width]
+                self._mixed[1, i] = mixing.certainty[:width]
+                self._mixed[2, i] = mixing.bias[:width]
 
     def setting(self, temperature: float) -> int:
         """Number of the setting for requests of a temperature."""
@@ -62,7 +61,8 @@ class StartingMaps:
 
     def coefficients(self, settings: Ints) -> tuple[Floats, Floats]:
         """Slopes and biases ``[R, K]`` of rows of settings ``[R]``."""
-        return self._slope[settings], self._bias[settings]
+        slope, bias = _chosen(self._plain, settings)
+        return slope, bias
 
     def logits(
         self,
@@ -80,11 +80,23 @@ class StartingMaps:
         if self._calibration is None:
             return x
         k = x.shape[1]
-        y = x * self._slope[settings, :k] + self._bias[settings, :k]
+        slope, bias = _chosen(self._plain[:, :, :k], settings)
+        y = x * slope + bias
         if certainty is not None and self._mixes:
             known = np.isfinite(certainty)
-            z = np.where(known, certainty, 0.0) * self._share[settings, :k]
-            mixed = x * self._weight[settings, :k] + z + self._shift[settings, :k]
+            weight, share, shift = _chosen(self._mixed[:, :, :k], settings)
+            mixed = x * weight + np.where(known, certainty, 0.0) * share + shift
             y = np.where(known, mixed, y)
         mapped: Floats = np.minimum(np.maximum(y, -MAX_LOGIT), MAX_LOGIT)
         return mapped
+
+
+def _chosen(maps: Floats, settings: Ints) -> Floats:
+    """``[M, R, K]`` of maps ``[M, S, K]``, by the settings ``[R]`` of rows.
+
+    Indexing would do, but gives up the interpreter's lock (see `schedule.step`).
+    """
+    chosen = np.repeat(maps[:, :1], len(settings), axis=1)
+    for i in range(1, maps.shape[1]):
+        chosen = np.where((settings == i)[:, None], maps[:, i : i + 1], chosen)
+    return chosen

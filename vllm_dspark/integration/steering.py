@@ -4,13 +4,17 @@ Confidences and times arrive from the worker (`report`). Everything is decided b
 `schedule.controller`; here it is told what vLLM is about to do, and vLLM is told what
 it decided. How drafts are trimmed differs: `trimming` leaves them out here, before
 blocks and budgets are given out; on the V2 runner the device can (`v2.budgeting`).
+
+Nothing is learned between two steps that can wait: what a step taught is taken in while
+the next one is computed, when the scheduler has nothing to do.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +67,9 @@ class Steering:
         self._numbers = itertools.count()
         self._planned: dict[int, Planned] = {}  # steps under way
         self._drafted_in: dict[str, int] = {}  # where a request's drafts come from
-        self._choice: DraftPlan | None = None  # of the step being built, or the last
+        self._batch: Batch | None = None  # of the step being built, or the last
+        self._choice: DraftPlan | None = None  # likewise
+        self._lessons: list[Callable[[], None]] = []  # of steps that are done
         self._started: float | None = None  # of the step before, if it was busy since
         self._worked = 0.0  # seconds of the worker in a step
         self._drafts_before = False  # made or at hand in the step before
@@ -78,7 +84,7 @@ class Steering:
         overhead = None if self._started is None else now - self._started - self._worked
         self._started = now
         requests = [r for r in self.running if decodes(r)]
-        batch = batch_of(
+        self._batch = batch = batch_of(
             self,
             requests,
             self._known(requests),
@@ -143,6 +149,10 @@ class Steering:
                 grammar.keep_forbidden(request, drafts)
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        # vLLM calls this when it has sent the step to its workers.
+        self._learn()
+        if self._batch is not None:
+            self.controller.foresee(self._batch)
         # Where steps overlap vLLM has put in the placeholders.
         as_built = scheduler_output.num_invalid_spec_tokens is None
         structured = scheduler_output.has_structured_output_requests
@@ -165,16 +175,24 @@ class Steering:
             if report is not None:
                 self.controller.drafted(report.draft_tokens)
                 self._worked = report.target_seconds + report.draft_seconds
-                self._finish(
-                    done(planned, scheduler_output, model_runner_output, report)
-                )
+                step = done(planned, scheduler_output, model_runner_output, report)
+                self._lessons.append(partial(self._finish, step))
+            if self.controller.waits:
+                self._learn()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if report is not None and report.drafts is not None:
             self.update_draft_token_ids(report.drafts)
         if not self.has_unfinished_requests():
+            self._learn()
             self._idle()
         self._sayer.say()
         return outputs
+
+    def _learn(self) -> None:
+        """Take in what steps that are done have taught."""
+        lessons, self._lessons = self._lessons, []
+        for lesson in lessons:
+            lesson()
 
     def _hear(self, report: StepReport | None) -> None:
         """Take in confidences that came with a step, where they do."""
@@ -195,7 +213,9 @@ class Steering:
         width = made.survival.shape[1]
         verified = np.minimum(found.verified, width)
         accepted = np.minimum(found.accepted, verified)
-        self.controller.observe(made, verified, accepted, found.emitting)
+        self._lessons.append(
+            partial(self.controller.observe, made, verified, accepted, found.emitting)
+        )
         for i in np.flatnonzero(found.emitting):
             request = self.requests.get(planned.ids[i])
             if request is not None and request.spec_decode_metrics is not None:
@@ -257,7 +277,10 @@ class Steering:
         """vLLM's, with news of the controller now and then."""
         made = super().make_stats(*args, **kwargs)
         if made is not None:
-            made.dspark = self._reporter.take(not self.has_unfinished_requests())
+            last = not self.has_unfinished_requests()
+            if last:
+                self._learn()  # counts must be whole
+            made.dspark = self._reporter.take(last)
         return made
 
     def add_request(self, request: Request) -> None:
@@ -270,6 +293,7 @@ class Steering:
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:
+        self._learn()
         if self._keeper is not None:
             self._keeper.keep()
         if self._step_log is not None:

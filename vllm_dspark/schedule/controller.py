@@ -39,6 +39,7 @@ from vllm_dspark.schedule.step import (
     Stop,
     VerifyPlan,
     VerifyStep,
+    numbers,
 )
 
 # Beyond, predictions say little, and would never let drafting be tried.
@@ -105,7 +106,25 @@ class Controller:
         """Whether lengths are being chosen by cost."""
         return self.policy.policy == "adaptive" and self.prices is not None
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next choice wants the outcomes of all steps that are done."""
+        return self._choice.reason in _WAITING
+
     # ---- before a step ----
+
+    def foresee(self, batch: Batch) -> None:
+        """Work out ahead what `draft` will want to know, if the next step is like this.
+
+        For the time in which a step is computed; changes no choice but by what it
+        knows a step earlier.
+        """
+        if self.adapts and batch.ids:
+            assert self.prices is not None
+            live, costs = self.prices.live, self.prices.costs
+            live.error()
+            news = self._rounds_seen > 0
+            self._forecaster.ahead(batch, news, live.snapshot(), costs)
 
     def draft(self, batch: Batch) -> DraftPlan:
         """What to draft at the end of the step; uses no draft of it."""
@@ -113,8 +132,8 @@ class Controller:
             return DraftPlan(self.width, Reason.PAYS)
         assert self.prices is not None
         live, costs = self.prices.live, self.prices.costs
-        news, urgent = self._rounds_seen > 0, self._choice.reason in _WAITING
-        made = self._forecaster.of(batch, news, urgent, live.snapshot(), costs)
+        news = self._rounds_seen > 0
+        made = self._forecaster.of(batch, news, self.waits, live.snapshot(), costs)
         hopeful = None  # a goal comes before throughput
         if self.drafting.starting and made.reaches is None:
             limits = self._hope.survival()
@@ -244,7 +263,7 @@ class Controller:
         self.totals.verified += int(verified.sum())
         self.totals.accepted += int(accepted.sum())
         self.totals.rounds += rounds
-        of_verified = np.arange(made.survival.shape[1]) < verified[:, None]
+        of_verified = numbers(0, made.survival.shape[1]) < verified[:, None]
         self.totals.expected += float(made.survival[of_verified].sum())
 
     def drafted(self, tokens: int) -> None:
@@ -269,7 +288,8 @@ def _thinned(admitted: Mask, most: int | None) -> Mask:
     if most is None or len(rows) <= most:
         return admitted
     chosen = np.zeros_like(admitted)
-    chosen[rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]] = True
+    apart = (len(rows) - 1) / max(most - 1, 1)
+    chosen[rows[(numbers(0, most) * apart).round().astype(np.int64)]] = True
     return chosen
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from vllm_dspark.schedule.isotonic import isotonic, isotonic_grid
-from vllm_dspark.schedule.step import Floats
+from vllm_dspark.schedule.step import Floats, numbers
 
 # What a table may hold. Outside, something went wrong: no step takes a tenth of a
 # microsecond or an hour.
@@ -29,6 +29,8 @@ SECONDS = (1e-7, 3600.0)
 MAX_SLOPE = 1.0  # seconds per context token
 MAX_COORDINATE = 1 << 24  # tokens, requests or positions
 MAX_POINTS = 1024  # of the curve, and of the grid
+# Up to so many tokens or positions the seconds of each number are kept.
+_LOOKED_UP = 2048
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class CostTable:
     # The points as arrays, continued far beyond the last one.
     _x: tuple[Floats, Floats, Floats] = field(init=False, repr=False, compare=False)
     _y: tuple[Floats, Floats] = field(init=False, repr=False, compare=False)
+    # What is looked up again and again: the curve at every B, and the drafter's rows.
+    _curve: Floats = field(init=False, repr=False, compare=False)
+    _drafting: dict[int, Floats] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_axis("tokens", self.tokens, 1, 2)
@@ -90,6 +95,9 @@ class CostTable:
         columns, turned = _continue(self.positions, grid.T)
         object.__setattr__(self, "_x", (x, rows, columns))
         object.__setattr__(self, "_y", (step, turned.T.copy()))
+        each = np.arange(_LOOKED_UP + 1)
+        object.__setattr__(self, "_curve", np.interp(each, x, step))
+        object.__setattr__(self, "_drafting", {})
 
     @classmethod
     def fit(
@@ -133,8 +141,12 @@ class CostTable:
         Returns:
             Of the broadcast shape, float64, positive, never falling in B.
         """
-        at = np.asarray(batch_tokens, dtype=np.float64)
-        curve: Floats = np.interp(at, self._x[0], self._y[0])
+        at = np.asarray(batch_tokens)
+        curve: Floats
+        if _indexes(at, _LOOKED_UP):
+            curve = self._curve[at]
+        else:
+            curve = np.interp(at, self._x[0], self._y[0])
         context = np.maximum(np.asarray(context_tokens, dtype=np.float64), 0.0)
         return curve + self.per_context_token * context
 
@@ -151,6 +163,17 @@ class CostTable:
         Returns:
             Of the broadcast shape, float64, positive, never falling in either.
         """
+        at, last = np.asarray(positions), self.positions[-1]
+        if isinstance(num_reqs, int) and _indexes(at, min(last, _LOOKED_UP)):
+            row = self._drafting.get(num_reqs)
+            if row is None:
+                row = self._between(num_reqs, numbers(0, min(last, _LOOKED_UP) + 1))
+                self._drafting[num_reqs] = row
+            return np.asarray(row[at])
+        return self._between(num_reqs, positions)
+
+    def _between(self, num_reqs: ArrayLike, positions: ArrayLike) -> Floats:
+        """Bilinear between the points of the drafter's grid."""
         _, rows, columns = self._x
         grid = self._y[1]
         i, u = _locate(rows, num_reqs)
@@ -176,10 +199,18 @@ def _continue(axis: Sequence[int], values: Floats) -> tuple[Floats, Floats]:
     return x, y
 
 
+def _indexes(values: NDArray[Any], last: int) -> bool:
+    """Whether all are whole numbers from 0 to ``last``."""
+    whole = values.dtype.kind in "iu" and values.size > 0
+    return bool(whole and values.min() >= 0 and values.max() <= last)
+
+
 def _locate(axis: Floats, at: ArrayLike) -> tuple[Any, Floats]:
     """The interval that holds each value, and how far along it the value lies."""
     x = np.maximum(np.asarray(at, dtype=np.float64), axis[0])
-    i = np.minimum(np.searchsorted(axis, x, side="right") - 1, len(axis) - 2)
+    # Short axes; `searchsorted` gives up the interpreter's lock (see `step`).
+    below = (axis <= x[..., None]).sum(axis=-1)
+    i = np.minimum(below - 1, len(axis) - 2)
     return i, (x - axis[i]) / (axis[i + 1] - axis[i])
 
 

@@ -22,6 +22,8 @@ from vllm_dspark.schedule.step import (
     StepCost,
     VerifyStep,
     candidates,
+    largest,
+    numbers,
     round_seconds,
 )
 
@@ -85,14 +87,14 @@ def best_draft_length(
         )
     drafts = candidates(VerifyStep(history, base_tokens, cost))
     width = history.shape[1]
-    drafting = draft_cost(num_reqs, np.arange(width + 1))
+    drafting = draft_cost(num_reqs, numbers(0, width + 1))
     if not ((drafting >= 0) & np.isfinite(drafting)).all():
         raise ValueError(f"drafting takes {drafting} seconds: give 0 or more")
     seconds = round_seconds(cost, base_tokens, num_reqs * width)
     order = drafts.ranked(drafts.inside, drafts.survival)
     survival, column = drafts.survival.ravel()[order], order % max(width, 1)
     # All lengths at once, [K + 1, drafts]: what a length leaves out adds nothing.
-    made = column < np.arange(width + 1)[:, None]
+    made = column < numbers(0, width + 1)[:, None]
     tokens = num_reqs + _from_zero(np.where(made, survival, 0.0))
     speed = tokens / (seconds[_from_zero(made)] + drafting[:, None])
     if lengths is Lengths.ALL:
@@ -100,10 +102,12 @@ def best_draft_length(
     elif lengths is Lengths.PLANNED:
         stops = np.ones(speed.shape, dtype=np.bool_)  # at the end at the latest
         stops[:, :-1] = made & (speed[:, 1:] <= speed[:, :-1])
-        throughput = speed[np.arange(width + 1), stops.argmax(axis=1)]
+        first = np.logical_or.accumulate(stops, axis=1)
+        first[:, 1:] ^= first[:, :-1].copy()
+        throughput = np.where(first, speed, 0.0).sum(axis=1)
     else:
         throughput = speed.max(axis=1)
-    return DraftLength(int(np.argmax(throughput)), throughput)
+    return DraftLength(largest(throughput), throughput)
 
 
 def _from_zero(values: NDArray[Any]) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from vllm_dspark.schedule.drafting_options import DraftingOptions
 from vllm_dspark.schedule.other_lengths import OtherLengths
 from vllm_dspark.schedule.probing import Probes
+from vllm_dspark.schedule.step import largest
 
 Floats = NDArray[np.float64]
 
@@ -151,7 +152,7 @@ class Drafting:
         if hopeful is not None:
             gain = self._gains(hopeful, 0.0)
             lengths = self._lengths(None)
-            self._length = int(np.argmax(np.where(lengths, gain, -np.inf)))
+            self._length = largest(np.where(lengths, gain, -np.inf))
         return self._length > 0
 
     def _choose(self, facts: StepFacts, gain: Floats) -> DraftingChoice:
@@ -177,7 +178,7 @@ class Drafting:
         if best != self._length and free and self._worth(best, facts):
             self._change(best)
         elif self._length == 0 and self._probes.due(jumped):
-            self._probe_length = 1 + int(np.argmax(self._gain[1:]))
+            self._probe_length = 1 + largest(self._gain[1:])
             self._probes.start(float(gain[1:].max()))
             return self._probe()
         if self._length == 0:
@@ -222,7 +223,7 @@ class Drafting:
         return lengths
 
     def _best(self, lengths: NDArray[np.bool_]) -> int:
-        return int(np.argmax(np.where(lengths, self._gain, -np.inf)))
+        return largest(np.where(lengths, self._gain, -np.inf))
 
     def _worth(self, best: int, facts: StepFacts) -> bool:
         """Whether leaving the present length promises enough."""

@@ -76,9 +76,33 @@ class Forecaster:
             costs: of steps and of drafting, for a batch.
         """
         self._age += 1
+        return self._kept(batch, news, urgent, table, costs, self._age)
+
+    def ahead(
+        self,
+        batch: Batch,
+        news: bool,
+        table: CostTable,
+        costs: Callable[[Batch], tuple[StepCost, DraftCost]],
+    ) -> None:
+        """Make now what `of` would have to in the next step, if that is of this batch.
+
+        Arguments as of `of`.
+        """
+        self._kept(batch, news, False, table, costs, self._age + 1)
+
+    def _kept(
+        self,
+        batch: Batch,
+        news: bool,
+        urgent: bool,
+        table: CostTable,
+        costs: Callable[[Batch], tuple[StepCost, DraftCost]],
+        age: int,
+    ) -> Forecast:
         self._news |= news
         kept = self._made
-        due = self._age >= (_KEPT_WITH_NEWS if self._news else _KEPT)
+        due = age >= (_KEPT_WITH_NEWS if self._news else _KEPT)
         due |= urgent and self._news
         if kept is None or due or self._differs(batch, table):
             kept = self._made = self._make(batch, *costs(batch))

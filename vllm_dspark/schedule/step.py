@@ -1,6 +1,11 @@
 """One step as the planner sees it: what it may know, what it decides, and its ranking.
 
 A step of B tokens takes ``cost(B)`` seconds; verifying a draft adds a token to B.
+
+While a step is planned its device waits, and threads that wait for the interpreter's
+lock (the one that sends the last step's output) take it where a numpy call gives it up,
+for most of a millisecond. So what plans a small batch gets by without those that do:
+sort, argmax, searchsorted, interp, bincount and arange (`numbers`) among them.
 """
 
 from __future__ import annotations
@@ -15,6 +20,25 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+
+
+# Drafts up to which Python sorts: beyond, it takes longer than giving up the lock.
+_SORTED_HERE = 512
+_numbers = np.arange(1024)
+_numbers.flags.writeable = False
+
+
+def numbers(first: int, beyond: int) -> Ints:
+    """What `numpy.arange` gives for two numbers from 0, without giving up the lock."""
+    if beyond <= len(_numbers):
+        return _numbers[first:beyond]
+    return np.arange(first, beyond)
+
+
+def largest(values: Floats) -> int:
+    """What `numpy.argmax` gives for ``[n]`` numbers, likewise."""
+    found: list[float] = values.tolist()
+    return found.index(max(found))
 
 
 # Seconds of the target's steps by their tokens B, [n] → [n]; they must be positive.
@@ -150,7 +174,7 @@ class Candidates:
 
     def after(self, lens: Ints) -> Mask:
         """``[R, K]`` the drafts there are beyond the first ``lens`` of each request."""
-        mask: Mask = np.arange(self.survival.shape[1]) >= lens[:, None]
+        mask: Mask = numbers(0, self.survival.shape[1]) >= lens[:, None]
         return mask & self.inside
 
     def ranked(self, among: Mask, worth: Floats) -> Ints:
@@ -161,18 +185,22 @@ class Candidates:
 
         Shape: among, worth ``[R, K]``; worth is never negative, nor rises along a row.
         """
-        keys = np.where(among, -worth, 1.0).ravel()
-        return np.argsort(keys, kind="stable")[: np.count_nonzero(among)]
+        keys, count = np.where(among, -worth, 1.0).ravel(), np.count_nonzero(among)
+        if len(keys) > _SORTED_HERE:
+            return np.argsort(keys, kind="stable")[:count]
+        order = sorted(range(len(keys)), key=keys.tolist().__getitem__)
+        return np.array(order[:count], dtype=np.int64)
 
     def lengths(self, taken: Ints) -> Ints:
         """``[R]`` how many of the flat indices ``taken`` lie in each row."""
-        num_reqs, width = self.survival.shape
-        counts: Ints = np.bincount(taken // max(width, 1), minlength=num_reqs)
+        mask = np.zeros(self.survival.size, dtype=np.bool_)
+        mask[taken] = True
+        counts: Ints = mask.reshape(self.survival.shape).sum(axis=1)
         return counts
 
     def tokens(self, lens: Ints) -> Floats:
         """``[R]`` expected tokens when ``lens`` drafts are verified."""
-        verified = np.arange(self.survival.shape[1]) < lens[:, None]
+        verified = numbers(0, self.survival.shape[1]) < lens[:, None]
         sums: Floats = (self.survival * verified).sum(axis=1)
         return 1.0 + sums
 
@@ -182,7 +210,7 @@ def candidates(step: VerifyStep) -> Candidates:
     given = np.asarray(step.survival, dtype=np.float64)
     valid = (given >= 0) & (given <= 1)
     num_drafts = step.available
-    inside = np.arange(given.shape[1]) < num_drafts[:, None]
+    inside = numbers(0, given.shape[1]) < num_drafts[:, None]
     invalid = int(np.count_nonzero(inside & ~valid))
     survival = np.where(inside & valid, given, 0.0)
     survival = np.minimum.accumulate(survival, axis=1)
@@ -197,7 +225,7 @@ def round_seconds(
     Raises:
         ValueError: the cost gives something that is not a positive time.
     """
-    seconds = cost(np.arange(base_tokens, base_tokens + most + 1)) + extra
+    seconds = cost(numbers(base_tokens, base_tokens + most + 1)) + extra
     if not (seconds.min() > 0 and seconds.max() < np.inf):  # NaN fails as well
         bad = int(np.flatnonzero(~((seconds > 0) & (seconds < np.inf)))[0])
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Planning a small batch never gives up the interpreter's lock (see `schedule.step`)."""
+"""Planning a small batch gives up no interpreter lock (see `schedule.step`)."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", nargs="+", required=True)
     add("--out", type=Path, required=True, help="folder of the runs")
     add("--steps", type=int, required=True, help="of every row")
-    add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="which of ROWS")
+    add("--rows", nargs="*", default=list(ROWS), metavar="ROW", help="which of ROWS")
     add("--row", action="append", default=[], metavar="NAME='OPTIONS'", help="one more")
     add("--parallel", type=int, default=1, help="runs at a time")
     add("--json", type=Path, required=True)

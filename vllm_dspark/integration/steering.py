@@ -288,6 +288,7 @@ class Steering:
         stats.count_if_asked(request, self.num_spec_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._batch = None  # not to be foreseen any more, or it would be taken up again
         self.controller.forget([request.request_id])
         self._drafted_in.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)

@@ -40,7 +40,7 @@ ROWS: dict[str, str] = {
     "gamma-4": "--block-size 4",
     "gamma-11": "--block-size 11",
     "whole-vocabulary": "--draft-vocab-size 0",
-    "random-start": "--init random",
+    "target-start": "--init target",
     "rank-64": "--rank 64",
 }
 COLUMNS = ("row", "τ", "of base", "accepted by position", "AUC 1", "ECE 1", "MB", "min")
@@ -174,11 +174,13 @@ def draw(rows: dict[str, dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, row in rows.items():
+    for i, (name, row) in enumerate(rows.items()):
         checks = row.get("validations", [])
         tau = [x["tau"] for x in checks]
-        left.plot([x["blocks"] / 1e3 for x in checks], tau, marker=".", label=name)
-        right.plot([x["seconds"] / 60 for x in checks], tau, marker=".", label=name)
+        style = {"marker": ".", "label": name, "color": f"C{i % 10}"}
+        style["linestyle"] = ("-", "--", ":")[i // 10 % 3]
+        left.plot([x["blocks"] / 1e3 for x in checks], tau, **style)
+        right.plot([x["seconds"] / 60 for x in checks], tau, **style)
     left.set(xlabel="thousand blocks", ylabel="τ on held-out text (greedy)")
     right.set(xlabel="minutes")
     left.legend(fontsize=7)

@@ -8,7 +8,7 @@ from typing import Any
 # Covers 97% of the demo target's text; a larger one costs more than it gains.
 _DRAFT_TOKENS = 12288
 HEADS = ("vanilla", "gated", "rnn", "none")
-INITS = ("target", "random")
+INITS = ("random", "target")
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on a laptop: to see the chain work.
     "tiny": {"layers": 1, "rank": 16, "steps": 40},
@@ -66,7 +66,7 @@ class TrainOptions:
     draft_vocab_size: int | None = None
     sliding_window: int | None = None
     target_layer_ids: tuple[int, ...] | None = None
-    init: str = "target"
+    init: str = "random"
     steps: int | None = None
     epochs: float = 1.0
     sequences: int = 16

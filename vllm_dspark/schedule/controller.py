@@ -109,7 +109,7 @@ class Controller:
     @property
     def waits(self) -> bool:
         """Whether the next choice wants the outcomes of all steps that are done."""
-        return self._choice.reason in _WAITING
+        return self.adapts and self._choice.reason in _WAITING
 
     # ---- before a step ----
 
@@ -122,7 +122,7 @@ class Controller:
         if self.adapts and batch.ids:
             assert self.prices is not None
             live, costs = self.prices.live, self.prices.costs
-            live.error()
+            live.error()  # kept for a few steps, like the forecast
             news = self._rounds_seen > 0
             self._forecaster.ahead(batch, news, live.snapshot(), costs)
 

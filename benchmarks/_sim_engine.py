@@ -182,7 +182,8 @@ class Engine:
         factor = machine.scale
         if machine.noise:
             factor *= float(self._noise.lognormal(0, machine.noise))
-        target = factor * float(machine.table.step_seconds(step.tokens, context))
+        counted = step.tokens - prefill + machine.table.counted(prefill)
+        target = factor * float(machine.table.step_seconds(counted, context))
         drafting, overhead = 0.0, machine.per_step + machine.per_answer * answers
         if self.controller is not None:
             positions, rows = step.plan.positions, max(drafted_for, 1)

@@ -186,6 +186,7 @@ def distorted(table: CostTable, how: str) -> CostTable:
         table.requests,
         table.positions,
         draft,
+        table.prompt_share,
     )
 
 

@@ -15,6 +15,7 @@ TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 POSITIONS = (0, 1, 4, 7)
 SLOPE = 2e-6
+SHARE = 0.8  # what a token of a prompt counts as
 
 
 def step_time(batch_tokens: ArrayLike, context_tokens: ArrayLike = 0) -> Floats:
@@ -69,6 +70,9 @@ class Machine:
     def time_step(self, batch_tokens: int, context_tokens: int) -> float:
         true = float(step_time(batch_tokens, context_tokens))
         return self._run(true, ("step", batch_tokens, context_tokens))
+
+    def time_prompt(self, tokens: int) -> float:
+        return self._run(float(step_time(SHARE * tokens)), ("prompt", tokens, 0))
 
     def time_draft(self, num_reqs: int, positions: int) -> float:
         return self._run(

@@ -311,6 +311,18 @@ def test_prompts_count_as_much_as_they_take(share: float, seed: int) -> None:
     assert table.step_seconds(64 + live.counted(300)) == pytest.approx(mixed, rel=0.10)
 
 
+def test_what_was_measured_of_prompts_counts_from_the_first_step() -> None:
+    """And what was learned goes on with the table that is kept."""
+    live = LiveCost(replace(true_table(), prompt_share=0.5))
+    assert live.counted(300) == 150
+    live.observe(64 + 300, 0, float(step_time(64 + 150)), 300)
+    assert live.error() == pytest.approx(0, abs=0.01)
+    learned = with_prompts(0.5, 0)
+    learned.snapshot()
+    again = LiveCost(learned.snapshot())
+    assert again.counted(1000) == learned.counted(1000) < 600
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_machine_that_slows_down_reads_prompts_as_before(seed: int) -> None:
     """What their tokens take, against others, is the model's and not the hour's."""

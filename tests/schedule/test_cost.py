@@ -109,6 +109,8 @@ def test_scalars_arrays_and_equality() -> None:
         ({"per_context_token": -1e-9}, "per_context_token -1e-09"),
         ({"per_context_token": math.nan}, "per_context_token nan"),
         ({"per_context_token": None}, "per_context_token None"),
+        ({"prompt_share": 0.0}, "prompt_share 0.0"),
+        ({"prompt_share": math.nan}, "prompt_share nan"),
         ({"positions": (1, 2, 6)}, "must start with 0"),
         ({"draft": ((0.001, 0.003, 0.005),)}, "draft: expected 2 by 3"),
         ({"draft": ((0.1, 0.2, 0.3), (0.1, 0.1, 0.3))}, "draft: seconds fall"),

@@ -46,6 +46,18 @@ def test_round_trip(path: Path, tmp_path: Path) -> None:
     assert raw["key"]["threads"] == 2 and raw["measured"] == {"how": "by hand"}
 
 
+def test_what_prompts_count_as_is_kept_and_older_files_do_not_have_it(
+    tmp_path: Path,
+) -> None:
+    less = replace(CONTENT, table=replace(CONTENT.table, prompt_share=0.75))
+    path = save(tmp_path, less)
+    assert path is not None and load(tmp_path, KEY) == (less, "")
+    raw = json.loads(path.read_text())
+    del raw["step"]["prompt_share"]
+    path.write_text(json.dumps(raw))
+    assert load(tmp_path, KEY) == (CONTENT, "")
+
+
 @pytest.mark.parametrize("part", ["batch_tokens", "requests", "positions"])
 def test_a_table_of_a_smaller_engine_is_none(
     tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture
@@ -154,6 +166,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         edited(lambda raw: raw["step"].update(seconds_per_context_token="0")),
         "per_context_token '0'",
     ),
+    (edited(lambda raw: raw["step"].update(prompt_share=[1])), "prompt_share [1]"),
     (edited(lambda raw: raw["draft"]["seconds"].pop()), "expected 7 by 4"),
 ]
 

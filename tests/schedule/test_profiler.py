@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.schedule.machine import SLOPE, Machine, draft_time, step_time
+from tests.schedule.machine import SHARE, SLOPE, Machine, draft_time, step_time
 from vllm_dspark.schedule.profile_points import Limits, midpoints, powers
 from vllm_dspark.schedule.profiler import PROFILE_SECONDS, Profile, profile
 
@@ -20,7 +20,8 @@ LIMITS = Limits(batch_tokens=512, requests=64, positions=7, context_tokens=20_00
 def run(
     machine: Machine, limits: Limits = LIMITS, budget: float = PROFILE_SECONDS
 ) -> Profile:
-    return profile(machine.time_step, machine.time_draft, limits, budget, machine.clock)
+    times = machine.time_step, machine.time_prompt, machine.time_draft
+    return profile(*times, limits, budget, machine.clock)
 
 
 def test_the_points() -> None:
@@ -36,6 +37,8 @@ def test_exact_without_noise() -> None:
     np.testing.assert_allclose(table.step, step_time(table.tokens))
     assert table.per_context_token == pytest.approx(SLOPE)
     assert table.draft_seconds(16, 4) == pytest.approx(draft_time(16, 4))
+    # Between two points of a curve that is no line.
+    assert table.prompt_share == pytest.approx(SHARE, rel=0.03)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -50,7 +53,8 @@ def test_noise_pauses_and_slow_first_calls(seed: int) -> None:
     for r in table.requests:
         for k in table.positions:
             true = draft_time(r, k)
-            assert table.draft_seconds(r, k) == pytest.approx(true, rel=0.15)
+            # Where all that counted had pauses, up to a fifth above a neighbour.
+            assert table.draft_seconds(r, k) == pytest.approx(true, rel=0.2)
 
 
 @pytest.mark.parametrize("budget", [0.5, 1.0, 3.0, 10.0, 30.0])
@@ -70,6 +74,8 @@ def test_a_small_budget_measures_less_far_and_goes_on_in_a_line() -> None:
     last = found.table.tokens[-1]
     assert 16 <= last < 512 and found.measured["batch_tokens"] == [512, last]
     assert found.table.step_seconds(512) == pytest.approx(step_time(512), rel=0.15)
+    # Beyond the curve nothing says what a prompt's time is worth.
+    assert found.table.prompt_share == 1.0
 
 
 def test_no_budget_still_gives_a_table() -> None:
@@ -124,7 +130,9 @@ def test_the_smallest_engine() -> None:
 
 
 def test_a_real_clock() -> None:
-    found = profile(lambda b, c: 0.001, lambda r, k: 0.001, LIMITS, budget=60.0)
+    found = profile(
+        lambda b, c: 0.001, lambda b: 0.001, lambda r, k: 0.001, LIMITS, budget=60.0
+    )
     assert 0 < found.measured["seconds"] < 60
     assert set(found.table.step) == {0.001}
 
@@ -132,7 +140,7 @@ def test_a_real_clock() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_time_that_is_none(value: float) -> None:
     with pytest.raises(ValueError, match=r"time_step\(1, 0\) gave "):
-        profile(lambda b, c: value, lambda r, k: 1.0, LIMITS)
+        profile(lambda b, c: value, lambda b: 1.0, lambda r, k: 1.0, LIMITS)
 
 
 @pytest.mark.parametrize(

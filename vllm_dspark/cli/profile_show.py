@@ -60,6 +60,7 @@ def describe(content: CostFile) -> list[str]:
         f"vLLM {key.vllm_version}",
         f"measured: {measured or 'unknown how'}",
         f"1000 context tokens add {slope:.3g} ms to a step",
+        f"a prompt's token counts as {table.prompt_share:.2f} of a token of B",
     ]
 
 
@@ -131,6 +132,7 @@ def as_json(content: CostFile) -> dict[str, Any]:
             for b, seconds in zip(table.tokens, table.step, strict=True)
         ],
         "ms_per_1000_context_tokens": 1e6 * table.per_context_token,
+        "prompt_share": table.prompt_share,
         "draft": [
             {"requests": r, "positions": k, "ms": 1000 * seconds}
             for r, row in zip(table.requests, table.draft, strict=True)

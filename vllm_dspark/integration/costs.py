@@ -40,6 +40,9 @@ class Timer(Protocol):
     def time_step(self, batch_tokens: int, context_tokens: int) -> float:
         """A target step of B tokens that reads so much context."""
 
+    def time_prompt(self, tokens: int) -> float:
+        """A target step with so many tokens of one prompt."""
+
     def time_draft(self, num_reqs: int, positions: int) -> float:
         """Drafting for so many requests; 0 positions: context K/V alone."""
 
@@ -86,6 +89,7 @@ def cost_of(config: Any, timer: Timer) -> CostReport | None:
         with timer.running():
             measured = profile(
                 lambda *size: _agreed(timer.time_step(*size)),
+                lambda tokens: _agreed(timer.time_prompt(tokens)),
                 lambda *size: _agreed(timer.time_draft(*size)),
                 limits,
                 clock=lambda: _agreed(time.perf_counter()),

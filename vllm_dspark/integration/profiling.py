@@ -44,6 +44,13 @@ class StepTimer:
 
     def time_step(self, batch_tokens: int, context_tokens: int) -> float:
         """Seconds of a target step of B tokens that reads so much context."""
+        return self._time(batch_tokens, context_tokens, batch_tokens)
+
+    def time_prompt(self, tokens: int) -> float:
+        """Seconds of a step with so many tokens of a prompt, the last with logits."""
+        return self._time(tokens, 0, 1)
+
+    def _time(self, batch_tokens: int, context_tokens: int, with_logits: int) -> float:
         runner = self._runner
         requests = min(batch_tokens, runner.scheduler_config.max_num_seqs)
         each = -(-batch_tokens // requests)
@@ -54,7 +61,7 @@ class StepTimer:
             force_attention=True,
             profile_seq_lens=max(length, batch_tokens - each * (requests - 1)),
         )
-        runner.model.compute_logits(hidden[:batch_tokens])
+        runner.model.compute_logits(hidden[:with_logits])
         self._wait()
         return time.perf_counter() - start
 

@@ -4,7 +4,8 @@
 which something was computed:
 
 * ``step`` (from 0), ``time`` (when it was built, on the machine's monotonic clock)
-* ``requests`` (those that decode), ``prompt_tokens``
+* ``requests`` (those that decode), ``prompt_tokens``, ``context_tokens`` (that
+  attention reads)
 * ``drafts`` (at hand when it was built), ``verified`` (of them, in the end)
 * ``positions`` (drafted for each request at its end), ``reason`` (of that number)
 * ``predicted_seconds`` (of target and drafting together; null while nothing is known of
@@ -61,6 +62,7 @@ class StepLog:
             "time": planned.built,
             "requests": done.requests,
             "prompt_tokens": done.prompt_tokens,
+            "context_tokens": planned.context_tokens,
             "drafts": int(planned.num_drafts.sum()),
             "verified": done.verified,
             "positions": planned.positions,

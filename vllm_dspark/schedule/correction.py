@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dspark.schedule.cost import SECONDS, CostTable
+from vllm_dspark.schedule.cost import SECONDS, SHARES, CostTable
 from vllm_dspark.schedule.robust_filter import RobustFilter
 from vllm_dspark.schedule.step import Floats
 
@@ -39,8 +39,6 @@ _URGENT = 0.10  # such a change makes it at once
 _SNAPSHOT_EVERY = 32
 _WINDOW = 256  # observations that `error` looks back on
 _MAX_CACHED = 4096
-# What a prompt's token may count as, of a token of B.
-_SHARES = (0.25, 2.0)
 # A factor beyond says that something else is being measured.
 _MAX_LOG = math.log(1000.0)
 
@@ -107,7 +105,7 @@ class LiveCost:
         if not (batch_tokens >= 1 and _can_be(seconds)):
             return
         x = self._filter.x
-        counted = prompt_tokens * _share(x[self._prompt])
+        counted = prompt_tokens * self._share(x)
         tokens = max(round(batch_tokens - prompt_tokens + counted), 1)
         row, base, place = self._step(tokens)
         predicted = base * math.exp(float(row.dot(x)))
@@ -142,7 +140,7 @@ class LiveCost:
 
     def counted(self, prompt_tokens: int) -> int:
         """As how many tokens of B so many of prompts count, by what is known now."""
-        return round(prompt_tokens * _share(self._snapshot_x[self._prompt]))
+        return self._snapshot.counted(prompt_tokens)
 
     def snapshot(self) -> CostTable:
         """The corrected table to plan with; the same object until it matters."""
@@ -181,6 +179,7 @@ class LiveCost:
             table.requests,
             table.positions,
             np.array(table.draft) * grid,
+            self._share(x),
             # What was seen holds; its neighbours give way where the order demands it.
             weights=1 / np.maximum(variance, 1e-6),
         )
@@ -198,6 +197,11 @@ class LiveCost:
         prior[m + 1 : n, m + 1 : n] += _BY_KIND**2 + _LOCAL**2 * drafts
         prior[n, n] = _PROMPT**2
         return prior
+
+    def _share(self, x: Floats) -> float:
+        """What a prompt's token counts as, of a token of B."""
+        share = self._table.prompt_share * math.exp(float(x[self._prompt]))
+        return min(max(share, SHARES[0]), SHARES[1])
 
     def _step(self, batch_tokens: int) -> tuple[Floats, float, int]:
         """What an observation of B is of the factors; the table's seconds; a place."""
@@ -221,11 +225,6 @@ class LiveCost:
             _between(self._rows, num_reqs), columns
         )
         return row
-
-
-def _share(logarithm: float) -> float:
-    """What a prompt's token counts as, of a token of B."""
-    return min(max(math.exp(logarithm), _SHARES[0]), _SHARES[1])
 
 
 def _can_be(seconds: float) -> bool:

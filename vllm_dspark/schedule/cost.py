@@ -2,7 +2,8 @@
 
 Two parts, in seconds. The target's step: a curve over B (``batch_tokens``, all tokens
 of its forward pass) plus a term proportional to the context tokens that its attention
-reads. The drafter: a grid over requests and positions, where 0 positions is what the
+reads. Tokens of prompts count as less than others: of a prompt only the last one has
+logits. The drafter: a grid over requests and positions, where 0 positions is what the
 upkeep of the context K/V costs when nothing is drafted.
 
 A table is immutable and knows nothing of how it was measured (`profiler`), where it is
@@ -27,6 +28,7 @@ from vllm_dspark.schedule.step import Floats, numbers
 # microsecond or an hour.
 SECONDS = (1e-7, 3600.0)
 MAX_SLOPE = 1.0  # seconds per context token
+SHARES = (0.05, 4.0)  # what a prompt's token may count as, of a token of B
 MAX_COORDINATE = 1 << 24  # tokens, requests or positions
 MAX_POINTS = 1024  # of the curve, and of the grid
 # Up to so many tokens or positions the seconds of each number are kept.
@@ -49,6 +51,7 @@ class CostTable:
         requests: of the drafter's grid, increasing, at least 1.
         positions: of the drafter's grid, M ≥ 2 of them, increasing from 0.
         draft: [requests][positions] seconds, positive, never falling along either.
+        prompt_share: what a token of a prompt counts as, of a token of B.
 
     Raises:
         ValueError: something of that does not hold; the message has the value.
@@ -66,6 +69,7 @@ class CostTable:
     requests: tuple[int, ...]
     positions: tuple[int, ...]
     draft: tuple[tuple[float, ...], ...]
+    prompt_share: float = 1.0
     # The points as arrays, continued far beyond the last one.
     _x: tuple[Floats, Floats, Floats] = field(init=False, repr=False, compare=False)
     _y: tuple[Floats, Floats] = field(init=False, repr=False, compare=False)
@@ -90,6 +94,11 @@ class CostTable:
                 f"per_context_token {self.per_context_token!r:.60}: expected seconds "
                 f"from 0 to {MAX_SLOPE:g}"
             )
+        if not _in_range(self.prompt_share, *SHARES):
+            raise ValueError(
+                f"prompt_share {self.prompt_share!r:.60}: expected {SHARES[0]:g} to "
+                f"{SHARES[1]:g}"
+            )
         x, step = _continue(self.tokens, np.array(self.step))
         rows, grid = _continue(self.requests, np.array(self.draft))
         columns, turned = _continue(self.positions, grid.T)
@@ -108,6 +117,7 @@ class CostTable:
         requests: Sequence[int],
         positions: Sequence[int],
         draft: ArrayLike,
+        prompt_share: float = 1.0,
         weights: ArrayLike | None = None,
     ) -> CostTable:
         """A table from measured seconds, which noise may have put out of order.
@@ -126,7 +136,12 @@ class CostTable:
             tuple(requests),
             tuple(positions),
             tuple(tuple(row) for row in grid.tolist()),
+            min(max(prompt_share, SHARES[0]), SHARES[1]),
         )
+
+    def counted(self, prompt_tokens: int) -> int:
+        """As how many tokens of B so many of prompts count."""
+        return round(prompt_tokens * self.prompt_share)
 
     def step_seconds(
         self, batch_tokens: ArrayLike, context_tokens: ArrayLike = 0

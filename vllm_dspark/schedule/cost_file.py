@@ -200,9 +200,12 @@ def _table(raw: Mapping[str, Any], path: Path) -> CostTable:
             raise ValueError(f"{path}: {values!r:.60} stands where a list belongs")
     tokens, requests, positions = (tuple(axis or ()) for axis in axes)
     slope: Any = step.get("seconds_per_context_token")
+    share: Any = step.get("prompt_share", CostTable.prompt_share)  # older: not measured
     rows = tuple(tuple(row) for row in grid or ())
     try:
-        return CostTable(tokens, tuple(seconds or ()), slope, requests, positions, rows)
+        return CostTable(
+            tokens, tuple(seconds or ()), slope, requests, positions, rows, share
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -223,6 +226,7 @@ def write(path: Path, content: CostFile) -> None:
             "tokens": table.tokens,
             "seconds": table.step,
             "seconds_per_context_token": table.per_context_token,
+            "prompt_share": table.prompt_share,
         },
         "draft": {
             "requests": table.requests,

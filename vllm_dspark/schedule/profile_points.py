@@ -10,6 +10,9 @@ import numpy as np
 
 # Steps with context are compared with those without at these B, or the nearest.
 _CONTEXT_AT = (1, 16)
+# Tokens of the prompt that is timed: as many as a step with one has; fewer tell little.
+_PROMPT_AT = 256
+_LEAST_PROMPT = 16
 _MARGIN = 1.15  # a call is started if this much more than foreseen still fits
 
 
@@ -41,9 +44,10 @@ class Limits:
 
 @dataclass
 class Point:
-    """One thing to time: a step (B, context) or a drafting (requests, positions)."""
+    """One thing to time: a step (B, context), a prompt (its tokens, 0) or a drafting
+    (requests, positions)."""
 
-    kind: Literal["step", "draft"]
+    kind: Literal["step", "prompt", "draft"]
     x: int
     y: int
     must: bool  # a table cannot do without
@@ -88,7 +92,9 @@ def choose_points(limits: Limits) -> list[Point]:
     grid = [
         Point("draft", r, k, r == 1) for r in powers(limits.requests) for k in columns
     ]
-    return [*_alternate(steps, grid, context), *between]
+    prompt = [Point("prompt", b, 0, False) for b in powers(min(most, _PROMPT_AT))[-1:]]
+    prompt = [point for point in prompt if point.x >= _LEAST_PROMPT]
+    return [*_alternate(steps, grid, context), *prompt, *between]
 
 
 def _alternate(*lists: list[Point]) -> list[Point]:
@@ -103,7 +109,8 @@ def predict(point: Point, done: list[Point]) -> float:
     In proportion is an upper bound, since part of each call's time is fixed; the
     lowest bound counts, so that one slow call does not end the pass.
     """
-    smaller = [p for p in done if p.kind == point.kind and p.x <= point.x]
+    kind = "step" if point.kind == "prompt" else point.kind
+    smaller = [p for p in done if p.kind == kind and p.x <= point.x]
     if point.kind == "step" and point.y:  # context costs what only context tells
         smaller = [p for p in smaller if p.y] or smaller
     return _MARGIN * min(

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vllm_dspark.schedule.cost import SECONDS, CostTable
+from vllm_dspark.schedule.cost import SECONDS, SHARES, CostTable
 from vllm_dspark.schedule.profile_points import Limits, Point, choose_points, predict
 from vllm_dspark.schedule.step import Floats
 
@@ -29,6 +29,7 @@ _NOISE = 1.2
 _MAX_SAMPLES = 9  # per point: more do not sharpen a median worth the wait
 
 TimeStep = Callable[[int, int], float]
+TimePrompt = Callable[[int], float]
 TimeDraft = Callable[[int, int], float]
 
 
@@ -48,6 +49,7 @@ class Profile:
 
 def profile(
     time_step: TimeStep,
+    time_prompt: TimePrompt,
     time_draft: TimeDraft,
     limits: Limits,
     budget: float = PROFILE_SECONDS,
@@ -58,6 +60,7 @@ def profile(
     Args:
         time_step: runs one target step of (batch_tokens, context_tokens), returns its
             seconds.
+        time_prompt: the same for a step with so many tokens of one prompt.
         time_draft: runs one drafting for (requests, positions), returns its seconds;
             0 positions is the upkeep of the context K/V alone.
         limits: how far to go.
@@ -68,7 +71,7 @@ def profile(
     Raises:
         ValueError: a callable returned no positive number of seconds.
     """
-    session = _Session(time_step, time_draft, budget, clock)
+    session = _Session(time_step, time_prompt, time_draft, budget, clock)
     session.warm_up(limits.positions)
     points = session.first_pass(choose_points(limits))
     session.repeat(points)
@@ -93,11 +96,16 @@ class _Session:
     def __init__(
         self,
         time_step: TimeStep,
+        time_prompt: TimePrompt,
         time_draft: TimeDraft,
         budget: float,
         clock: Callable[[], float],
     ) -> None:
-        self._call = {"step": time_step, "draft": time_draft}
+        self._call: dict[str, TimeStep] = {
+            "step": time_step,
+            "prompt": lambda tokens, _: time_prompt(tokens),
+            "draft": time_draft,
+        }
         self._clock = clock
         self._budget = budget
         self.start = clock()
@@ -153,7 +161,7 @@ def _table(points: list[Point]) -> CostTable:
     rows = [r for r in sorted({r for r, _ in grid})
             if all((r, k) in grid for k in columns)]  # fmt: skip
     tokens = sorted(curve)
-    return CostTable.fit(
+    table = CostTable.fit(
         tokens,
         _without_pauses([curve[b] for b in tokens]),
         slope,
@@ -161,6 +169,19 @@ def _table(points: list[Point]) -> CostTable:
         columns,
         _without_pauses([[grid[r, k] for k in columns] for r in rows]),
     )
+    for prompt in points:
+        if prompt.kind == "prompt" and prompt.x <= table.tokens[-1]:
+            table = replace(table, prompt_share=_share(table, prompt))
+    return table
+
+
+def _share(table: CostTable, prompt: Point) -> float:
+    """What one of its tokens counts as: the B whose step takes as long, by tokens.
+
+    At most 1: without context it has nothing to do that others have not.
+    """
+    as_long = float(np.interp(prompt.seconds(), table.step, table.tokens))
+    return max(as_long / prompt.x, SHARES[0])
 
 
 def _without_pauses(seconds: ArrayLike) -> Floats:

@@ -35,6 +35,13 @@ class V2StepTimer:
 
     def time_step(self, batch_tokens: int, context_tokens: int) -> float:
         """Seconds of a target step of B tokens that reads so much context."""
+        return self._time(batch_tokens, context_tokens, batch_tokens)
+
+    def time_prompt(self, tokens: int) -> float:
+        """Seconds of a step with so many tokens of a prompt, the last with logits."""
+        return self._time(tokens, 0, 1)
+
+    def _time(self, batch_tokens: int, context_tokens: int, with_logits: int) -> float:
         runner, self._speculator.muted = self._runner, True
         requests = min(batch_tokens, runner.max_num_reqs)
         self._wait()
@@ -42,7 +49,7 @@ class V2StepTimer:
         hidden, _ = runner._dummy_run(
             batch_tokens, context_len=context_tokens // requests
         )
-        runner.model.compute_logits(hidden[:batch_tokens])
+        runner.model.compute_logits(hidden[:with_logits])
         self._wait()
         return time.perf_counter() - start
 

@@ -195,7 +195,13 @@ class Engine:
                 drafted = (drafted_for, positions, told)
             self.controller.timed(
                 StepTimes(
-                    step.tokens, context, target, drafted, prefill, self._overhead
+                    step.tokens,
+                    context,
+                    target,
+                    drafted,
+                    prefill,
+                    self._overhead,
+                    verified=int(step.lens.sum()),
                 )
             )
             drafting = factor * self._owed_before(positions, rows)

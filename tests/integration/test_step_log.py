@@ -19,7 +19,8 @@ from vllm_dspark.schedule.facts import StepTimes
 pytestmark = pytest.mark.slow
 
 KEYS = {
-    *("step", "time", "requests", "prompt_tokens", "drafts", "verified", "positions"),
+    *("step", "time", "requests", "prompt_tokens", "context_tokens"),
+    *("drafts", "verified", "positions"),
     *("reason", "predicted_seconds", "target_seconds", "draft_seconds", "emitted"),
 }
 
@@ -54,6 +55,7 @@ def test_every_step_is_there(
     assert new <= sum(r["emitted"] for r in found) <= new + 5 * len(ARRIVALS)
     assert sum(r["prompt_tokens"] for r in found) == prompts
     assert max(r["requests"] for r in found) > 2
+    assert all((r["context_tokens"] > 0) == (r["requests"] > 0) for r in found)
     assert sum(r["verified"] for r in found) == stats.draft_tokens > 40
     assert sum(r["drafts"] for r in found) > stats.draft_tokens  # some were trimmed
     # Nothing is computed in the steps that only say that a request has ended.

@@ -330,7 +330,7 @@ def test_another_load_soon_tries_a_step_without_drafts() -> None:
         assert len(bare) == 2 and bare[-1] < 10, load
 
 
-@pytest.mark.parametrize(("doubt", "drafts"), [(0.0, True), (0.06, True), (0.2, False)])
+@pytest.mark.parametrize(("doubt", "drafts"), [(0.0, True), (0.03, True), (0.1, False)])
 def test_in_doubt_nothing_is_drafted(doubt: float, drafts: bool) -> None:
     """A gain of 8% is worth it only where predictions are not off by more."""
     drafting = Drafting(WIDTH, DraftingOptions(warmup_rounds=1))

@@ -256,6 +256,7 @@ class Steering:
                 step.prompt_tokens,
                 planned.overhead,
                 planned.after_drafts,
+                step.verified,
             )
         )
 

@@ -42,8 +42,6 @@ from vllm_dspark.schedule.step import (
     numbers,
 )
 
-# Beyond, predictions say little, and would never let drafting be tried.
-_MOST_DOUBT = 0.3
 # While a step drafts for these reasons its outcomes are waited for.
 _WAITING = (Reason.PROBE, Reason.NO_HISTORY)
 
@@ -145,7 +143,7 @@ class Controller:
                 self._rounds_seen,
                 made.acceptance,
                 made.reaches,
-                min(error, _MOST_DOUBT) if (error := live.error()) > 0 else 0.0,
+                self.prices.doubt(),
                 hopeful,
             )
         )

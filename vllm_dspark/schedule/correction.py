@@ -93,7 +93,7 @@ class LiveCost:
         context_tokens: int,
         seconds: float,
         prompt_tokens: int = 0,
-    ) -> None:
+    ) -> float | None:
         """Learn from one target step; what cannot be a step's time is passed over.
 
         Args:
@@ -101,9 +101,12 @@ class LiveCost:
             context_tokens: context read by attention, summed over the step's requests.
             seconds: what the step took, drafting not included.
             prompt_tokens: how many of B are of prompts.
+
+        Returns:
+            Log of observed / predicted, None if it was passed over.
         """
         if not (batch_tokens >= 1 and _can_be(seconds)):
-            return
+            return None
         x = self._filter.x
         counted = prompt_tokens * self._share(x)
         tokens = max(round(batch_tokens - prompt_tokens + counted), 1)
@@ -122,7 +125,7 @@ class LiveCost:
             row = row * (1 - share)
             row[self._context] = share
             predicted += reading
-        self._learn(row, predicted, seconds, place)
+        return self._learn(row, predicted, seconds, place)
 
     def observe_draft(self, num_reqs: int, positions: int, seconds: float) -> None:
         """Learn from one drafting (0 positions: context K/V upkeep alone)."""
@@ -162,10 +165,14 @@ class LiveCost:
             self._error = self.observed, error
         return error
 
-    def _learn(self, row: Floats, predicted: float, seconds: float, place: int) -> None:
+    def _learn(
+        self, row: Floats, predicted: float, seconds: float, place: int
+    ) -> float:
         self.observed += 1
         self._errors.append(abs(predicted / seconds - 1))
-        self._filter.update(row, math.log(seconds / predicted), place)
+        surprise = math.log(seconds / predicted)
+        self._filter.update(row, surprise, place)
+        return surprise
 
     def _corrected(self) -> CostTable:
         table, x = self._table, np.clip(self._filter.x, -_MAX_LOG, _MAX_LOG)

@@ -59,8 +59,8 @@ class StepFacts:
         allowed: ``[γ + 1]`` bool, lengths that meet the requests' goal (``slo_tps``);
             None without a goal. Where none does, all are allowed: the fastest is then
             the nearest to it.
-        doubt: typical relative error of predictions, 0 or more. Half of it is taken
-            off what drafting promises: what drafts cost is certain.
+        doubt: log throughput taken off what drafting promises: what drafts cost is
+            certain.
         hopeful: as ``throughput``, if as much is accepted as may be (`hope`); looked at
             while `Drafting.starting`, None to draft everything then.
     """
@@ -201,7 +201,7 @@ class Drafting:
                 f"for 0..{self.width} positions"
             )
         gains: Floats = np.log(throughput / throughput[0])
-        gains[1:] -= doubt / 2
+        gains[1:] -= doubt
         return gains
 
     def _jumped(self, load: int) -> bool:

@@ -57,6 +57,7 @@ class StepTimes:
         overhead: seconds outside the worker before it; None if the engine idled.
         after_drafts: the step before it had drafts or made some, so that the overhead
             is one with drafts.
+        verified: how many of B are drafts.
     """
 
     batch_tokens: int
@@ -66,6 +67,7 @@ class StepTimes:
     prompt_tokens: int = 0
     overhead: float | None = None
     after_drafts: bool = False
+    verified: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,14 @@ from vllm_dspark.schedule.cost import CostTable
 from vllm_dspark.schedule.draft_length import DraftCost
 from vllm_dspark.schedule.facts import Batch, StepTimes
 from vllm_dspark.schedule.step import Floats, Ints, StepCost
+from vllm_dspark.schedule.step_bias import StepBias
 
 # Steps whose time outside the worker is remembered: its median is robust to pauses.
 _OVERHEAD_STEPS = 64
 # So many of each kind, before steps with drafts are told from those without.
 _FEW = 8
+# Beyond, predictions say little, and would never let drafting be tried.
+_MOST_DOUBT = 0.3
 
 
 class Pricing:
@@ -36,17 +39,20 @@ class Pricing:
         self.live = LiveCost(table)
         self.overhead = 0.0  # seconds of a step outside the worker
         self.draft_overhead = 0.0  # and what drafts add to that
+        self._bias = StepBias()
         self._bare: deque[float] = deque(maxlen=_OVERHEAD_STEPS)
         self._drafting: deque[float] = deque(maxlen=_OVERHEAD_STEPS)
 
     def learn(self, times: StepTimes) -> None:
         """Take in what a step took."""
-        self.live.observe(
+        surprise = self.live.observe(
             times.batch_tokens,
             times.context_tokens,
             times.target_seconds,
             times.prompt_tokens,
         )
+        if surprise is not None:
+            self._bias.saw(times.verified > 0, surprise)
         if times.drafted is not None:
             self.live.observe_draft(*times.drafted)
         outside = times.overhead
@@ -54,6 +60,11 @@ class Pricing:
             return
         (self._drafting if times.after_drafts else self._bare).append(outside)
         self._set_overheads()
+
+    def doubt(self) -> float:
+        """Log throughput that drafting is to promise more than it seems to."""
+        error = self.live.error()  # NaN while nothing was seen
+        return self._bias.doubt(min(error, _MOST_DOUBT)) if error > 0 else 0.0
 
     def _set_overheads(self) -> None:
         bare, drafting = self._bare, self._drafting

@@ -129,6 +129,14 @@ def test_the_smallest_engine() -> None:
     assert table.requests == (1,) and table.positions == (0, 1)
 
 
+def test_a_prompt_that_takes_longer_than_its_tokens_had_a_pause() -> None:
+    class Paused(Machine):
+        def time_prompt(self, tokens: int) -> float:
+            return 1.5 * super().time_prompt(tokens)
+
+    assert run(Paused()).table.prompt_share == 1.0
+
+
 def test_a_real_clock() -> None:
     found = profile(
         lambda b, c: 0.001, lambda b: 0.001, lambda r, k: 0.001, LIMITS, budget=60.0

@@ -92,8 +92,8 @@ def choose_points(limits: Limits) -> list[Point]:
     grid = [
         Point("draft", r, k, r == 1) for r in powers(limits.requests) for k in columns
     ]
-    prompt = [Point("prompt", b, 0, False) for b in powers(min(most, _PROMPT_AT))[-1:]]
-    prompt = [point for point in prompt if point.x >= _LEAST_PROMPT]
+    prompt = [Point("prompt", min(most, _PROMPT_AT), 0, False)]
+    prompt = prompt if most >= _LEAST_PROMPT else []
     return [*_alternate(steps, grid, context), *prompt, *between]
 
 

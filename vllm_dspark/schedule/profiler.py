@@ -181,7 +181,7 @@ def _share(table: CostTable, prompt: Point) -> float:
     At most 1: without context it has nothing to do that others have not.
     """
     as_long = float(np.interp(prompt.seconds(), table.step, table.tokens))
-    return max(as_long / prompt.x, SHARES[0])
+    return min(max(as_long / prompt.x, SHARES[0]), 1.0)
 
 
 def _without_pauses(seconds: ArrayLike) -> Floats:

@@ -182,7 +182,7 @@ class Engine:
         factor = machine.scale
         if machine.noise:
             factor *= float(self._noise.lognormal(0, machine.noise))
-        counted = step.tokens - prefill + machine.table.counted(prefill)
+        counted = step.tokens - machine.table.uncounted(prefill)
         target = factor * float(machine.table.step_seconds(counted, context))
         drafting, overhead = 0.0, machine.per_step + machine.per_answer * answers
         if self.controller is not None:

@@ -305,22 +305,24 @@ def with_prompts(share: float, seed: int, told: bool = True) -> LiveCost:
 def test_prompts_count_as_much_as_they_take(share: float, seed: int) -> None:
     live = with_prompts(share, seed)
     table = live.snapshot()
-    assert live.counted(1000) == pytest.approx(1000 * share, rel=0.15)
+    assert live.snapshot().counted(1000) == pytest.approx(1000 * share, rel=0.15)
     assert off(table, DECODING) < 0.10
     mixed = float(step_time(64 + share * 300))
-    assert table.step_seconds(64 + live.counted(300)) == pytest.approx(mixed, rel=0.10)
+    assert table.step_seconds(64 + live.snapshot().counted(300)) == pytest.approx(
+        mixed, rel=0.10
+    )
 
 
 def test_what_was_measured_of_prompts_counts_from_the_first_step() -> None:
     """And what was learned goes on with the table that is kept."""
     live = LiveCost(replace(true_table(), prompt_share=0.5))
-    assert live.counted(300) == 150
+    assert live.snapshot().counted(300) == 150
     live.observe(64 + 300, 0, float(step_time(64 + 150)), 300)
     assert live.error() == pytest.approx(0, abs=0.01)
     learned = with_prompts(0.5, 0)
     learned.snapshot()
     again = LiveCost(learned.snapshot())
-    assert again.counted(1000) == learned.counted(1000) < 600
+    assert again.snapshot().counted(1000) == learned.snapshot().counted(1000) < 600
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -328,13 +330,13 @@ def test_a_machine_that_slows_down_reads_prompts_as_before(seed: int) -> None:
     """What their tokens take, against others, is the model's and not the hour's."""
     live, machine = with_prompts(0.7, seed), Machine(0.05, pauses=0.05, seed=seed)
     live.snapshot()
-    before, seen = live.counted(1000), []
+    before, seen = live.snapshot().counted(1000), []
     for i in range(100):
         prompts = 100 * (i % 2)
         seconds = machine.noisy(2 * float(step_time(64 + 0.7 * prompts)))
         live.observe(64 + prompts, 0, seconds, prompts)
         live.snapshot()
-        seen.append(live.counted(1000))
+        seen.append(live.snapshot().counted(1000))
     assert off(live.snapshot(), (64,), 2.0) < 0.10
     assert min(seen) > 0.85 * before and max(seen) < 1.15 * before
 

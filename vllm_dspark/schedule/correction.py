@@ -141,10 +141,6 @@ class LiveCost:
         predicted = base * math.exp(float(row.dot(self._filter.x)))
         self._learn(row, predicted, seconds, place)
 
-    def counted(self, prompt_tokens: int) -> int:
-        """As how many tokens of B so many of prompts count, by what is known now."""
-        return self._snapshot.counted(prompt_tokens)
-
     def snapshot(self) -> CostTable:
         """The corrected table to plan with; the same object until it matters."""
         x, waited = self._filter.x, self.observed - self._snapshot_at

@@ -143,6 +143,10 @@ class CostTable:
         """As how many tokens of B so many of prompts count."""
         return round(prompt_tokens * self.prompt_share)
 
+    def uncounted(self, prompt_tokens: int) -> int:
+        """Tokens of B that cost nothing, as prompts count less than all of theirs."""
+        return prompt_tokens - self.counted(prompt_tokens)
+
     def step_seconds(
         self, batch_tokens: ArrayLike, context_tokens: ArrayLike = 0
     ) -> Floats:

@@ -84,7 +84,7 @@ class Pricing:
         about the whole time, though.
         """
         table, context = self.live.snapshot(), batch.context_tokens
-        fixed, uncounted = self.overhead, self._uncounted(batch.prefill_tokens)
+        fixed, uncounted = self.overhead, table.uncounted(batch.prefill_tokens)
         extra, prompts = self.draft_overhead, batch.prefill_tokens
         if prompts and batch.ids:
             sizes = np.array([len(batch.ids), batch.base_tokens - uncounted])
@@ -120,12 +120,8 @@ class Pricing:
             prompt_tokens: how many of B are of prompts.
         """
         table = self.live.snapshot()
-        counted = batch_tokens - self._uncounted(prompt_tokens)
+        counted = batch_tokens - table.uncounted(prompt_tokens)
         seconds = float(table.step_seconds(counted, context_tokens))
         if num_reqs:
             seconds += float(table.draft_seconds(num_reqs, positions))
         return seconds
-
-    def _uncounted(self, prompt_tokens: int) -> int:
-        """Tokens of B that cost nothing, as prompts count less than all of theirs."""
-        return prompt_tokens - self.live.counted(prompt_tokens)
